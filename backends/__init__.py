@@ -1,0 +1,1 @@
+"""Everything that touches an inference engine; never imports `daemon`."""

@@ -1,0 +1,148 @@
+"""The channel's codec: one JSON object a line, UTF-8, at most 64 MiB a line.
+
+Owns the messages between the daemon and its workers and probers, and how a line becomes one. No
+I/O. A line that does not decode is a ProtocolError: the peer is broken and is not to be trusted
+with the next line either.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from backends import contract
+
+PROTOCOL = 1
+MAX_LINE_BYTES = 64 * 1024 * 1024
+
+M = TypeVar("M")
+
+
+class ProtocolError(Exception):
+    """A line that is no message: too long, not JSON, or of no known type."""
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
+    """Base of all messages; the JSON field `type` names the class in lower case."""
+
+
+class Hello(Message):
+    """First line of every child."""
+
+    pid: int
+    protocol: int = PROTOCOL
+
+
+class Error(Message):
+    """Something failed: a request if `id` is set, else the load or the child as a whole."""
+
+    code: str
+    message: str
+    id: int | None = None
+
+
+# daemon → worker
+
+
+class Load(Message):
+    """Load this model; answered by Progress… and Loaded or Error."""
+
+    spec: contract.LoadSpec
+
+
+class Chat(Message):
+    """Start a generation; answered by Delta… and Done or Error with the same id."""
+
+    id: int
+    request: contract.ChatRequest
+
+
+class Cancel(Message):
+    """End request `id` soon; it still gets its Done."""
+
+    id: int
+
+
+class Ping(Message):
+    """Are you there? Answered by Pong with the same id."""
+
+    id: int
+
+
+class Shutdown(Message):
+    """Give everything back and exit."""
+
+
+# worker → daemon
+
+
+class Progress(Message):
+    """How much of the load is done, from 0 to 1."""
+
+    fraction: float
+
+
+class Loaded(Message):
+    """The model is ready for requests."""
+
+    model: contract.LoadedModel
+
+
+class Delta(Message):
+    """The next piece of answer `id`."""
+
+    id: int
+    delta: contract.Delta
+
+
+class Done(Message):
+    """Request `id` has ended, and its slot is free."""
+
+    id: int
+    done: contract.Done
+
+
+class Pong(Message):
+    """Answer to Ping."""
+
+    id: int
+
+
+# prober → daemon
+
+
+class Probed(Message):
+    """What the backend can do here."""
+
+    probe: contract.Probe
+
+
+ToWorker = Load | Chat | Cancel | Ping | Shutdown
+FromWorker = Hello | Error | Progress | Loaded | Delta | Done | Pong
+FromProber = Hello | Error | Probed
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return the line for `message`, newline included.
+
+    Raises ProtocolError if it would be longer than MAX_LINE_BYTES.
+    """
+    line = msgspec.json.encode(message) + b"\n"
+    if len(line) > MAX_LINE_BYTES:
+        raise ProtocolError(f"message of {len(line)} bytes is over {MAX_LINE_BYTES}")
+    return line
+
+
+class Decoder(Generic[M]):
+    """Turns lines into messages of the union type it was made for."""
+
+    def __init__(self, union: type[M]) -> None:
+        self._decoder = msgspec.json.Decoder(union)
+
+    def decode(self, line: bytes) -> M:
+        """Return the message in `line`. Raises ProtocolError."""
+        try:
+            return self._decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"{error}: {line[:200]!r}") from error

@@ -1,0 +1,121 @@
+"""Child main: one loaded model behind one channel.
+
+Owns the threads that run requests, and has no queue: the daemon never sends more requests than the
+model has slots, and a surplus is an error. Knows no engine, only the Backend contract.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import traceback
+
+from backends import wire
+from backends.child import Channel, attach
+from backends.contract import Backend, BackendError
+from backends.registry import load_class
+
+
+class Worker:
+    """Turns messages into calls of one Backend instance."""
+
+    def __init__(self, channel: Channel, backend: Backend) -> None:
+        self._channel = channel
+        self._backend = backend
+        self._slots = 0
+        self._running: dict[int, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Serve until told to shut down or the parent is gone."""
+        for message in self._channel.receive():
+            match message:
+                case wire.Load():
+                    self._start(self._load, message)
+                case wire.Chat():
+                    self._admit(message)
+                case wire.Cancel():
+                    self._cancel(message.id)
+                case wire.Ping():
+                    self._channel.send(wire.Pong(id=message.id))
+                case wire.Shutdown():
+                    return
+
+    def _start(self, target: object, message: object) -> None:
+        # Every call into an engine is on a thread of its own, so that this one always reads on.
+        threading.Thread(target=target, args=(message,), daemon=True).start()  # type: ignore[arg-type]
+
+    def _load(self, message: wire.Load) -> None:
+        try:
+            model = self._backend.load(
+                message.spec, lambda fraction: self._channel.send(wire.Progress(fraction=fraction))
+            )
+        except BackendError as error:
+            self._channel.send(wire.Error(code=error.code, message=error.message))
+        except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
+            traceback.print_exc()
+            self._channel.send(wire.Error(code="load_failed", message=repr(error)))
+        else:
+            self._slots = model.slots
+            self._channel.send(wire.Loaded(model=model))
+
+    def _admit(self, message: wire.Chat) -> None:
+        with self._lock:
+            if len(self._running) >= self._slots:
+                text = f"all {self._slots} slots are taken"
+                self._channel.send(wire.Error(id=message.id, code="engine_error", message=text))
+                return
+            self._running[message.id] = threading.Event()
+        self._start(self._chat, message)
+
+    def _cancel(self, request_id: int) -> None:
+        with self._lock:
+            event = self._running.get(request_id)
+        if event is not None:
+            event.set()
+
+    def _chat(self, message: wire.Chat) -> None:
+        cancelled = self._running[message.id]
+        try:
+            answer = self._generate(message, cancelled)
+        except BackendError as error:
+            answer = wire.Error(id=message.id, code=error.code, message=error.message)
+        except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
+            traceback.print_exc()
+            answer = wire.Error(id=message.id, code="engine_error", message=repr(error))
+        # The slot is free before the daemon hears of it, or its next request would find none.
+        with self._lock:
+            del self._running[message.id]
+        self._channel.send(answer)
+
+    def _generate(self, message: wire.Chat, cancelled: threading.Event) -> wire.Done | wire.Error:
+        generation = self._backend.chat(message.request, cancelled.is_set)
+        while True:
+            try:
+                delta = next(generation)
+            except StopIteration as end:
+                return wire.Done(id=message.id, done=end.value)
+            self._channel.send(wire.Delta(id=message.id, delta=delta))
+
+
+def main() -> None:
+    """Run a worker for the backend named by `--backend module:Class`."""
+    channel, rest = attach(wire.ToWorker)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", required=True)
+    backend = load_class(parser.parse_args(rest).backend)()
+    try:
+        Worker(channel, backend).run()
+    except (OSError, wire.ProtocolError) as error:
+        print(f"worker: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Engines leave threads behind, some of which abort the process at an ordinary exit; the kernel
+    # takes everything back.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Everything HTTP: one gate, and a package or module for each surface."""

@@ -1,0 +1,200 @@
+"""The native surface: models with all that modeld knows of them, downloads, memory, backends."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from daemon.api.context import Services, requested_model, services
+from daemon.api.errors import read_json
+from daemon.catalog.database import now
+from daemon.catalog.record import ModelRecord
+from daemon.downloads.jobs import Job
+from daemon.errors import Conflict
+from daemon.sources import name_for, parse
+
+
+class NewModel(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /modeld/v1/models."""
+
+    source: str
+    unique: str = ""
+
+
+def routes() -> list[web.RouteDef]:
+    """Return the native routes."""
+    base = "/modeld/v1"
+    return [
+        web.get(f"{base}/models", list_models),
+        web.post(f"{base}/models", add_model),
+        web.get(f"{base}/models/{{model}}", show_model),
+        web.delete(f"{base}/models/{{model}}", remove_model),
+        web.post(f"{base}/models/{{model}}/load", load),
+        web.post(f"{base}/models/{{model}}/unload", unload),
+        web.post(f"{base}/models/{{model}}/download", download),
+        web.post(f"{base}/models/{{model}}/download/cancel", cancel_download),
+        web.get(f"{base}/downloads", list_downloads),
+        web.get(f"{base}/memory", memory),
+        web.get(f"{base}/backends", list_backends),
+        web.get(f"{base}/hardware", hardware),
+    ]
+
+
+def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
+    """Return what the native surface shows of a model."""
+    status = asdict(parts.models.status(record.id))
+    return {
+        "id": record.id,
+        "unique": record.unique,
+        "name": record.name,
+        "description": record.description,
+        "source": record.source,
+        "custom": record.custom,
+        "format": record.format,
+        "parameters": record.parameters,
+        "quantization": record.quantization,
+        "size_bytes": record.size_bytes,
+        "license": record.license,
+        "downloaded": record.downloaded,
+        "downloading": parts.downloads.active(record.id),
+        **status,
+        "context_length": status["context_length"] or record.context_length,
+        "last_error": status["last_error"] or None,
+        "files": [file.path for file in record.artifact.files] if record.artifact else [],
+    }
+
+
+def _answer(parts: Services, model_id: str, status: int = 200) -> web.Response:
+    return web.json_response(model_view(parts, parts.catalog.get(model_id)), status=status)
+
+
+async def list_models(request: web.Request) -> web.Response:
+    """List every model of the catalog."""
+    parts = services(request)
+    return web.json_response({"models": [model_view(parts, r) for r in parts.catalog.all()]})
+
+
+async def show_model(request: web.Request) -> web.Response:
+    """Show one model."""
+    return _answer(services(request), requested_model(request).id)
+
+
+async def add_model(request: web.Request) -> web.Response:
+    """Add a model by its source: 201 and its record, or 200 if it is there already."""
+    parts = services(request)
+    body = await read_json(request, NewModel)
+    unique = body.unique or name_for(parse(body.source))
+    known = parts.catalog.find(unique)
+    if known is not None:
+        if known.source != body.source:
+            raise Conflict(
+                f"{unique!r} is another model already, from {known.source or 'no source'}: give "
+                "this one a unique name of its own",
+                param="unique",
+            )
+        return _answer(parts, known.id)
+    parse(body.source)
+    record = parts.catalog.add(
+        ModelRecord(
+            id=str(uuid.uuid4()),
+            unique=unique,
+            name=unique,
+            created=now(),
+            source=body.source,
+            custom=True,
+            provider="HUGGING_FACE" if body.source.startswith("hf:") else "",
+        )
+    )
+    return _answer(parts, record.id, status=201)
+
+
+async def remove_model(request: web.Request) -> web.Response:
+    """Remove a model: its files, and its record too unless it is a built-in one."""
+    parts, record = services(request), requested_model(request)
+    if record.custom:
+        await parts.delete_model(record)
+    else:
+        await parts.delete_files(record)
+    return web.Response(status=204)
+
+
+async def load(request: web.Request) -> web.Response:
+    """Load a model and answer when it is ready."""
+    parts, record = services(request), requested_model(request)
+    await parts.models.load(record)
+    return _answer(parts, record.id)
+
+
+async def unload(request: web.Request) -> web.Response:
+    """Unload a model and answer when its memory is back."""
+    parts, record = services(request), requested_model(request)
+    await parts.models.unload(record.id)
+    return _answer(parts, record.id)
+
+
+async def download(request: web.Request) -> web.Response:
+    """Start a model's download and answer at once."""
+    parts, record = services(request), requested_model(request)
+    return web.json_response(job_view(parts.downloads.start(record)))
+
+
+async def cancel_download(request: web.Request) -> web.Response:
+    """End a model's download, if there is one, and answer when it has ended."""
+    parts, record = services(request), requested_model(request)
+    await parts.downloads.cancel(record.id)
+    return _answer(parts, record.id)
+
+
+def job_view(job: Job) -> dict[str, Any]:
+    """Return what the native surface shows of a download."""
+    return {
+        "model": job.model_id,
+        "unique": job.unique,
+        "state": job.state,
+        "done_bytes": job.done_bytes,
+        "total_bytes": job.total_bytes,
+        "percentage": job.percentage,
+        "error": {"code": job.error_code, "message": job.error} if job.error else None,
+    }
+
+
+async def list_downloads(request: web.Request) -> web.Response:
+    """List the last download of every model that had one."""
+    return web.json_response({"downloads": [job_view(j) for j in services(request).downloads.all()]})
+
+
+async def memory(request: web.Request) -> web.Response:
+    """Show what models may take, what is booked, what is free, and who holds what."""
+    ledger = services(request).ledger
+    return web.json_response(
+        {
+            "budget_bytes": ledger.budget_bytes,
+            "reserved_bytes": ledger.reserved_bytes,
+            "available_bytes": ledger.available_bytes(),
+            "models": [
+                {
+                    "id": model_id,
+                    "unique": entry.unique,
+                    "estimate_bytes": entry.estimate_bytes,
+                    "reserved_bytes": entry.reserved_bytes,
+                    "measured_bytes": entry.measured_bytes,
+                }
+                for model_id, entry in ledger.reservations.items()
+            ],
+        }
+    )
+
+
+async def list_backends(request: web.Request) -> web.Response:
+    """Show every backend: what it can do here, or why it can do nothing."""
+    probes = await services(request).probers.all()
+    return web.json_response({"backends": [asdict(probe) for probe in probes]})
+
+
+async def hardware(request: web.Request) -> web.Response:
+    """Show this computer as modeld sees it."""
+    return web.json_response(asdict(services(request).hardware))

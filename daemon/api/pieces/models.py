@@ -1,0 +1,152 @@
+"""The Model endpoints of the Pieces API."""
+
+from __future__ import annotations
+
+import uuid
+
+from aiohttp import web
+
+from daemon.api.context import requested_model, services
+from daemon.api.errors import read_json
+from daemon.api.pieces.schema import ModelBody, model_view
+from daemon.catalog.database import check_unique, now
+from daemon.catalog.record import ModelRecord
+from daemon.errors import InvalidRequest, ModelNotFound
+
+
+def routes() -> list[web.RouteDef]:
+    """Return the routes of single models and of all models."""
+    return [
+        web.get("/models", snapshot_all),
+        web.post("/models/create", create),
+        web.post("/models/unload", unload_all),
+        web.post("/models/{model}/delete", delete),
+        web.post("/models/{model}/delete/cache", delete_cache),
+        web.post("/model/update", update),
+        web.get("/model/{model}", snapshot),
+        web.post("/model/{model}/download", download),
+        web.post("/model/{model}/download/cancel", cancel_download),
+        web.post("/model/{model}/load", load),
+        web.post("/model/{model}/unload", unload),
+        web.post("/model/{model}/scores/increment", increment_score),
+    ]
+
+
+def _answer(request: web.Request, model_id: str) -> web.Response:
+    parts = services(request)
+    return web.json_response(model_view(parts, parts.catalog.get(model_id)))
+
+
+async def snapshot_all(request: web.Request) -> web.Response:
+    """List all models."""
+    parts = services(request)
+    return web.json_response(
+        {"iterable": [model_view(parts, record) for record in parts.catalog.all()]}
+    )
+
+
+async def snapshot(request: web.Request) -> web.Response:
+    """Show one model; 410 if there is none."""
+    try:
+        return _answer(request, requested_model(request).id)
+    except ModelNotFound:
+        return web.Response(status=410, text="model was not found.")
+
+
+async def create(request: web.Request) -> web.Response:
+    """Register a custom model. A model of that unique name is returned as it is, never doubled."""
+    parts = services(request)
+    body = await read_json(request, ModelBody, strict=False)
+    body.check()
+    unique, source = body.name_and_source()
+    known = parts.catalog.find(check_unique(unique))
+    if known is None:
+        known = parts.catalog.add(
+            ModelRecord(
+                id=str(uuid.uuid4()),
+                unique=unique,
+                created=now(),
+                source=source,
+                custom=True,
+                **body.changes(),
+            )
+        )
+    return _answer(request, known.id)
+
+
+async def update(request: web.Request) -> web.Response:
+    """Change a custom model."""
+    parts = services(request)
+    body = await read_json(request, ModelBody, strict=False)
+    body.check()
+    if body.id is None:
+        raise InvalidRequest("id: the model to update is missing")
+    record = parts.catalog.get(body.id)
+    if not record.custom:
+        raise InvalidRequest(f"{record.unique} is a built-in model; only custom ones can be changed")
+    changes = body.changes()
+    if body.unique and body.unique != record.unique:
+        unique, source = body.name_and_source()
+        changes |= {"unique": unique} | ({"source": source} if source else {})
+    parts.catalog.update(record.id, **changes)
+    return _answer(request, record.id)
+
+
+async def delete(request: web.Request) -> web.Response:
+    """Remove a custom model, its files included."""
+    parts, record = services(request), requested_model(request)
+    if not record.custom:
+        raise InvalidRequest(
+            f"{record.unique} is a built-in model and stays in the list; its downloaded files can "
+            f"be removed with POST /models/{record.id}/delete/cache"
+        )
+    await parts.delete_model(record)
+    return web.Response(status=204)
+
+
+async def delete_cache(request: web.Request) -> web.Response:
+    """Remove a model's downloaded files."""
+    parts, record = services(request), requested_model(request)
+    await parts.delete_files(record)
+    return web.json_response({"model": {"id": record.id}})
+
+
+async def download(request: web.Request) -> web.Response:
+    """Start a model's download and answer at once."""
+    parts, record = services(request), requested_model(request)
+    parts.downloads.start(record)
+    return _answer(request, record.id)
+
+
+async def cancel_download(request: web.Request) -> web.Response:
+    """End a model's download, if there is one."""
+    parts, record = services(request), requested_model(request)
+    await parts.downloads.cancel(record.id)
+    return _answer(request, record.id)
+
+
+async def load(request: web.Request) -> web.Response:
+    """Load a model and answer when it is ready."""
+    parts, record = services(request), requested_model(request)
+    await parts.models.load(record)
+    return _answer(request, record.id)
+
+
+async def unload(request: web.Request) -> web.Response:
+    """Unload a model and answer when its memory is back."""
+    parts, record = services(request), requested_model(request)
+    await parts.models.unload(record.id)
+    return _answer(request, record.id)
+
+
+async def unload_all(request: web.Request) -> web.Response:
+    """Unload every model."""
+    await services(request).models.unload_all()
+    return web.Response(status=204)
+
+
+async def increment_score(request: web.Request) -> web.Response:
+    """Count one use of a model."""
+    parts, record = services(request), requested_model(request)
+    parts.catalog.update(record.id, uses=record.uses + 1)
+    return web.Response(status=204)

@@ -1,0 +1,58 @@
+"""What all WebSockets of this surface share: they push, and end with the client or the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from aiohttp import WSMsgType, web
+
+from daemon.api.context import services
+
+_HEARTBEAT_S = 30.0
+
+
+def is_upgrade(request: web.Request) -> bool:
+    """Say whether the client asks for a WebSocket; SDKs have a plain GET for each path too."""
+    return web.WebSocketResponse().can_prepare(request).ok
+
+
+async def accept(request: web.Request) -> web.WebSocketResponse:
+    """Accept the WebSocket. A client that stops answering pings is dropped."""
+    socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False)
+    await socket.prepare(request)
+    return socket
+
+
+async def push(
+    request: web.Request, socket: web.WebSocketResponse, sending: Coroutine[Any, Any, None]
+) -> web.WebSocketResponse:
+    """Run `sending` until it ends, the client leaves, or the daemon stops; then close."""
+    tasks = {
+        asyncio.create_task(sending),
+        asyncio.create_task(_until_closed(socket)),
+        asyncio.create_task(_until_stopping(request)),
+    }
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        if (error := task.exception()) and not isinstance(error, ConnectionError):
+            raise error
+    await socket.close()
+    return socket
+
+
+async def _until_closed(socket: web.WebSocketResponse) -> None:
+    """Read what the client sends, which is nothing of interest, until it has gone."""
+    async for message in socket:
+        if message.type is WSMsgType.ERROR:
+            return
+
+
+async def _until_stopping(request: web.Request) -> None:
+    await services(request).stopping.wait()

@@ -1,0 +1,1 @@
+"""The models this daemon knows, in SQLite."""

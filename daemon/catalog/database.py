@@ -1,0 +1,177 @@
+"""The catalog: model records in SQLite (WAL), true after a kill at any moment.
+
+Statements are short and run on the event loop's thread; each change is one transaction. Listeners
+hear of every change, so that APIs can push it on.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from daemon.catalog.record import ModelRecord, SeedRecord
+from daemon.errors import ConfigError, Conflict, InvalidRequest, ModelNotFound
+from daemon.sources import UNIQUE_NAME
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE models (
+    id TEXT PRIMARY KEY,
+    unique_name TEXT NOT NULL UNIQUE,
+    record TEXT NOT NULL
+) STRICT;
+CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+"""
+# Built-in models keep their id for ever, on every machine: it is made from their unique name.
+_NAMESPACE = uuid.UUID("6d0de1d0-5b1c-4f0a-9a53-6d6f64656c64")
+
+Listener = Callable[[str, bool], None]
+
+
+def now() -> str:
+    """Return the present time as ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def check_unique(unique: str) -> str:
+    """Return `unique` if it is a valid unique name. Raises InvalidRequest."""
+    if not UNIQUE_NAME.fullmatch(unique):
+        raise InvalidRequest(
+            f"{unique!r} is not a valid unique name: letters, digits and . _ : - only, the first "
+            "of them a letter or a digit",
+            param="unique",
+        )
+    return unique
+
+
+class Catalog:
+    """All models by id and by unique name. Raises ConfigError if the database can't be used."""
+
+    def __init__(self, path: Path) -> None:
+        self._listeners: list[Listener] = []
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._migrate()
+        except sqlite3.Error as error:
+            raise ConfigError(f"the catalog {path} cannot be used: {error}") from error
+
+    def _migrate(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"the catalog was written by a newer modeld (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}): install that version again, or use another --data-dir"
+            )
+        if version == 0:
+            self._db.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+
+    def close(self) -> None:
+        """Write everything back into one file."""
+        self._db.close()
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener(id, deleted)` after every change; return what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def all(self) -> list[ModelRecord]:
+        """Return every record, by unique name."""
+        rows = self._db.execute("SELECT record FROM models ORDER BY unique_name")
+        return [_decode(row[0]) for row in rows]
+
+    def get(self, key: str) -> ModelRecord:
+        """Return the model with this id or unique name (exact, else without case).
+
+        Raises ModelNotFound.
+        """
+        queries = ("id = ?", "unique_name = ?", "unique_name = ? COLLATE NOCASE", "id = lower(?)")
+        for condition in queries:
+            row = self._db.execute(
+                f"SELECT record FROM models WHERE {condition}",  # noqa: S608  fixed conditions
+                (key,),
+            ).fetchone()
+            if row is not None:
+                return _decode(row[0])
+        raise ModelNotFound(f"no model has the id or name {key!r}; `modeld list` shows all models")
+
+    def find(self, key: str) -> ModelRecord | None:
+        """Return the model with this id or unique name, or None."""
+        try:
+            return self.get(key)
+        except ModelNotFound:
+            return None
+
+    def add(self, record: ModelRecord) -> ModelRecord:
+        """Add a new model. Raises Conflict if the unique name is taken, in any case."""
+        check_unique(record.unique)
+        if self.find(record.unique) is not None:
+            raise Conflict(f"a model named {record.unique!r} is there already", param="unique")
+        self._write("INSERT INTO models (record, unique_name, id) VALUES (?, ?, ?)", record)
+        return record
+
+    def update(self, model_id: str, **changes: Any) -> ModelRecord:
+        """Change fields of a model and return the new record. Raises ModelNotFound, Conflict."""
+        record = msgspec.structs.replace(self.get(model_id), **changes)
+        if "unique" in changes:
+            check_unique(record.unique)
+            other = self.find(record.unique)
+            if other is not None and other.id != record.id:
+                raise Conflict(f"a model named {record.unique!r} is there already", param="unique")
+        self._write("UPDATE models SET record = ?, unique_name = ? WHERE id = ?", record)
+        return record
+
+    def remove(self, model_id: str) -> None:
+        """Forget a model."""
+        self._db.execute("DELETE FROM models WHERE id = ?", (model_id,))
+        self._notify(model_id, deleted=True)
+
+    def _write(self, statement: str, record: ModelRecord) -> None:
+        text = msgspec.json.encode(record).decode()
+        self._db.execute(statement, (text, record.unique, record.id))
+        self._notify(record.id, deleted=False)
+
+    def _notify(self, model_id: str, *, deleted: bool) -> None:
+        for listener in list(self._listeners):
+            listener(model_id, deleted)
+
+    def changed(self, model_id: str) -> None:
+        """Tell listeners that something outside the record changed, such as the model's state."""
+        self._notify(model_id, deleted=False)
+
+    def seed(self, entries: Iterable[SeedRecord]) -> None:
+        """Bring the built-in models up to date; one that is gone stays if it is downloaded."""
+        wanted = {str(uuid.uuid5(_NAMESPACE, entry.unique)): entry for entry in entries}
+        known = {record.id: record for record in self.all()}
+        for model_id, entry in wanted.items():
+            fields = msgspec.structs.asdict(entry)
+            if model_id in known:
+                if any(getattr(known[model_id], key) != value for key, value in fields.items()):
+                    self.update(model_id, **fields)
+            elif self.find(entry.unique) is None:  # a user's own model of that name stays
+                self.add(ModelRecord(id=model_id, created=now(), **fields))
+        for record in known.values():
+            if not record.custom and record.id not in wanted and not record.downloaded:
+                self.remove(record.id)
+
+    def identity(self) -> str:
+        """Return this installation's uuid, made at its first start."""
+        row = self._db.execute("SELECT value FROM settings WHERE key = 'identity'").fetchone()
+        if row is not None:
+            return str(row[0])
+        identity = str(uuid.uuid4())
+        self._db.execute("INSERT INTO settings VALUES ('identity', ?)", (identity,))
+        return identity
+
+
+def _decode(text: str) -> ModelRecord:
+    return msgspec.json.decode(text, type=ModelRecord)

@@ -1,0 +1,64 @@
+"""What is known of one model. Knows neither SQLite nor any API's spelling of these facts."""
+
+from __future__ import annotations
+
+import msgspec
+
+from backends.contract import Artifact
+
+
+class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A catalog record. `artifact` is there once the files are whole, verified and in place.
+
+    `created` is an ISO 8601 time in UTC; `size_bytes` and `context_length` are what the catalog
+    promises before the download, and `parameters` counts weights. `foundation`, `provider`,
+    `usage` and `kind` hold the values that the Pieces API defines for them.
+    """
+
+    id: str
+    unique: str
+    name: str
+    created: str
+    source: str = ""
+    version: str = "1"
+    description: str = ""
+    custom: bool = False
+    format: str = "gguf"
+    size_bytes: int = 0
+    context_length: int = 0
+    parameters: int = 0
+    quantization: str = ""
+    license: str = ""
+    capabilities: tuple[str, ...] = ()
+    foundation: str = ""
+    provider: str = ""
+    usage: str = "CODE_CONVERSATION"
+    kind: str = "BALANCED"
+    uses: int = 0
+    artifact: Artifact | None = None
+    revision: str = ""
+
+    @property
+    def downloaded(self) -> bool:
+        """Whether the files are on this machine."""
+        return self.artifact is not None
+
+
+class SeedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of `configs/models.toml`: the fields of a ModelRecord that a person writes."""
+
+    unique: str
+    name: str
+    source: str
+    description: str = ""
+    format: str = "gguf"
+    size_bytes: int
+    context_length: int
+    parameters: int
+    quantization: str
+    license: str
+    foundation: str = ""
+    provider: str = "HUGGING_FACE"
+    usage: str = "CODE_CONVERSATION"
+    kind: str = "BALANCED"
+    capabilities: tuple[str, ...] = ()

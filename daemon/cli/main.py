@@ -1,0 +1,120 @@
+"""Parses the command line and runs one command.
+
+Exit status: 0 done, 1 the daemon refused or failed, 2 wrong usage or settings, 3 no daemon answers,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from daemon import __version__
+from daemon.cli.client import INTERRUPTED, USAGE, Client, CommandError, find
+from daemon.errors import ModeldError
+
+Command = Callable[[argparse.Namespace, Client], None]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="modeld", description="Manages and runs the machine-learning models of this computer."
+    )
+    parser.add_argument("--version", action="version", version=f"modeld {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the daemon")
+    serve.add_argument("--data-dir", type=Path, help="where models and the catalog are kept")
+    serve.add_argument(
+        "--listen", action="append", metavar="ADDRESS", help="HOST:PORT or unix:/PATH; repeatable"
+    )
+    serve.add_argument("--config", type=Path, help="settings file (TOML)")
+
+    for name, text in (
+        ("list", "list all models"),
+        ("ps", "list the models in memory"),
+        ("backends", "show what each engine can do here"),
+    ):
+        commands.add_parser(name, help=text).add_argument("--json", action="store_true")
+    show = commands.add_parser("show", help="show one model")
+    show.add_argument("model")
+    show.add_argument("--json", action="store_true")
+    pull = commands.add_parser("pull", help="download a model")
+    pull.add_argument("model", metavar="MODEL|SOURCE")
+    pull.add_argument("--name", help="unique name for a SOURCE")
+    take = commands.add_parser("import", help="take in a model file that is on this machine")
+    take.add_argument("path")
+    take.add_argument("--name", help="unique name of the model")
+    for name, text in (
+        ("cancel", "end a download"),
+        ("rm", "remove a model"),
+        ("load", "load a model into memory"),
+        ("unload", "unload a model"),
+    ):
+        commands.add_parser(name, help=text).add_argument("model")
+    run = commands.add_parser("run", help="ask a model")
+    run.add_argument("model")
+    run.add_argument("prompt", nargs="*")
+    run.add_argument("--max-tokens", type=int)
+    run.add_argument("--temperature", type=float)
+    run.add_argument("--seed", type=int)
+    return parser
+
+
+def _commands() -> dict[str, Command]:
+    from daemon.cli import commands
+
+    return {
+        "list": commands.list_models,
+        "ps": commands.ps,
+        "show": commands.show,
+        "backends": commands.backends,
+        "pull": commands.pull,
+        "import": commands.import_file,
+        "cancel": commands.cancel,
+        "rm": commands.remove,
+        "load": commands.load,
+        "unload": commands.unload,
+        "run": commands.run,
+    }
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    # Only this command pays for importing the service.
+    import asyncio
+
+    from daemon import config, service
+
+    flags: dict[str, dict[str, Any]] = {}
+    if arguments.listen:
+        flags["server"] = {"listen": arguments.listen}
+    settings = config.load(arguments.config or config.default_file(), os.environ, flags)
+    data_dir = arguments.data_dir or service.data_dir_default(os.environ)
+    service.log_to_stderr(settings.server.log_level)
+    asyncio.run(service.serve(settings, data_dir.resolve(), os.environ))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        if parsed.command == "serve":
+            _serve(parsed)
+        else:
+            _commands()[parsed.command](parsed, Client(find()))
+    except CommandError as error:
+        print(f"modeld: {error}", file=sys.stderr)
+        return error.status
+    except ModeldError as error:  # settings and start-up: the daemon's own come as CommandError
+        print(f"modeld: {error.message}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,161 @@
+"""Settings: TOML file, then environment, then flags. Frozen once read; every value has a default.
+
+`configs/modeld.toml` shows every key with its default. An unknown key is an error that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from daemon.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+
+
+class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the daemon listens and whom it answers."""
+
+    listen: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    pieces_version: str = "12.0.0"
+    log_level: str = "info"
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much RAM models may take."""
+
+    limit: int | str = ""
+    reserve: int | str = "2GiB"
+
+    def limit_bytes(self) -> int | None:
+        """Return the explicit limit, or None to go by the machine."""
+        return parse_size(self.limit, "memory.limit") if self.limit != "" else None
+
+    def reserve_bytes(self) -> int:
+        """Return what is left to everything else when there is no explicit limit."""
+        return parse_size(self.reserve, "memory.reserve")
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How models are loaded and asked. 0 and "" leave a choice to modeld."""
+
+    backend: str = ""
+    context_length: int = 0
+    slots: int = 0
+    queue_limit: int = 128
+    load_timeout_s: int = 600
+
+
+class Downloads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How models are fetched. An empty `hub_endpoint` is the Hugging Face hub."""
+
+    max_active: int = 2
+    hub_endpoint: str = ""
+    offline: bool = False
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings."""
+
+    server: Server = Server()
+    memory: Memory = Memory()
+    models: Models = Models()
+    downloads: Downloads = Downloads()
+
+
+def parse_size(value: int | str, key: str) -> int:
+    """Return bytes for 123, "2GiB" or "1.5 GB". Raises ConfigError that names `key`."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B?)", str(value).strip())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f'{key} = {value!r} is not a size; write bytes or a size such as "2GiB"')
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the settings in variables named MODELD_<SECTION>_<KEY>. Raises ConfigError."""
+    sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
+    found: dict[str, dict[str, Any]] = {}
+    for variable, text in environment.items():
+        _, _, rest = variable.lower().partition("modeld_")
+        section, _, key = rest.partition("_")
+        if not variable.startswith("MODELD_") or section not in sections:
+            continue
+        types = {field.name: field.type for field in msgspec.structs.fields(sections[section])}
+        if key not in types:
+            raise ConfigError(f"{variable}: there is no setting {key!r} in [{section}]")
+        is_list = types[key] == tuple[str, ...]
+        found.setdefault(section, {})[key] = text.split(",") if is_list else text
+    if endpoint := environment.get("HF_ENDPOINT"):
+        found.setdefault("downloads", {}).setdefault("hub_endpoint", endpoint)
+    return found
+
+
+def _merge(tables: list[dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for table in tables:
+        for section, keys in table.items():
+            if isinstance(keys, dict) and isinstance(merged.get(section, {}), dict):
+                merged[section] = merged.get(section, {}) | keys
+            else:
+                merged[section] = keys  # not a section: the conversion will say so
+    return merged
+
+
+def _check(config: Config) -> Config:
+    config.memory.limit_bytes()
+    config.memory.reserve_bytes()
+    for section, key, least in (
+        ("models", "context_length", 0),
+        ("models", "slots", 0),
+        ("models", "queue_limit", 1),
+        ("models", "load_timeout_s", 1),
+        ("downloads", "max_active", 1),
+    ):
+        value = getattr(getattr(config, section), key)
+        if value < least:
+            raise ConfigError(f"{section}.{key} = {value}: must be at least {least}")
+    if config.server.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(
+            f"server.log_level = {config.server.log_level!r}: use debug, info, warning or error"
+        )
+    return config
+
+
+def load(
+    file: Path | None, environment: Mapping[str, str], flags: dict[str, dict[str, Any]]
+) -> Config:
+    """Return the settings of `file`, overridden by `environment`, overridden by `flags`.
+
+    Raises ConfigError for a file that can't be read and for a wrong key or value, by name.
+    """
+    table: dict[str, Any] = {}
+    if file is not None:
+        try:
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config file {file}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {file} is not TOML: {error}") from error
+    merged = _merge([table, _from_environment(environment), flags])
+    try:
+        return _check(msgspec.convert(merged, Config, strict=False))
+    except msgspec.ValidationError as error:
+        where = f"config file {file}" if file else "settings"
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def default_file() -> Path | None:
+    """Return the user's config file, else the system's, else None."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    candidates = (home / "modeld" / "modeld.toml", Path("/etc/modeld/modeld.toml"))
+    return next((path for path in candidates if path.is_file()), None)

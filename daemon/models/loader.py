@@ -1,0 +1,157 @@
+"""One load, from a record to a running worker: backend choice, reservation, process, measurement.
+
+Knows nothing of waiting requests or of models' states; the manager decides when to load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from backends.contract import Artifact, Hardware, LoadOptions, LoadSpec, MemoryEstimate
+from backends.registry import Candidate, Registry
+from daemon.catalog.record import ModelRecord
+from daemon.config import Models as ModelSettings
+from daemon.errors import BackendUnavailable, LoadFailed, ModelNotDownloaded, WorkerCrashed
+from daemon.memory.ledger import Ledger
+from daemon.memory.measure import worker_memory
+from daemon.models.resident import Instance
+from daemon.store import Store, check_unchanged
+from daemon.workers.prober import Probers
+from daemon.workers.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """How a load tells what it does: the chosen backend, the worker, and progress from 0 to 1."""
+
+    chosen: Callable[[str, MemoryEstimate], None]
+    started: Callable[[Worker], None]
+    progress: Callable[[float], None]
+
+
+class Loader:
+    """Loads models with the best backend there is, or with the next best if that one fails."""
+
+    def __init__(
+        self,
+        *,
+        settings: ModelSettings,
+        registry: Registry,
+        probers: Probers,
+        hardware: Hardware,
+        ledger: Ledger,
+        store: Store,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._probers = probers
+        self._hardware = hardware
+        self._ledger = ledger
+        self._store = store
+
+    async def load(self, record: ModelRecord, watch: Watch) -> Instance:
+        """Return a loaded instance of the model, its memory booked and measured.
+
+        Raises ModelNotDownloaded, Conflict (files changed), BackendUnavailable,
+        InsufficientMemory, LoadFailed, LoadTimeout. Nothing is left behind by a load that fails.
+        """
+        if record.artifact is None:
+            raise ModelNotDownloaded(
+                f"{record.unique} is not downloaded: run `modeld pull {record.unique}` first"
+            )
+        check_unchanged(record.artifact)
+        failures = []
+        for candidate in await self._candidates(record.artifact):
+            try:
+                return await self._load_with(candidate.backend, record, record.artifact, watch)
+            except (LoadFailed, WorkerCrashed) as error:
+                log.warning("model=%s backend=%s %s", record.unique, candidate.backend, error)
+                failures.append(f"{candidate.backend}: {error.message}")
+        raise LoadFailed(f"{record.unique} could not be loaded. {' | '.join(failures)}")
+
+    async def _candidates(self, artifact: Artifact) -> list[Candidate]:
+        """Return the backends that can run the model, the best first, or only the fixed one."""
+        fixed = self._settings.backend
+        if fixed and fixed not in self._registry.paths:
+            names = ", ".join(sorted(self._registry.paths))
+            raise BackendUnavailable(f"[models] backend = {fixed!r}: there are {names}")
+        probes = await self._probers.ask(self._registry.for_format(artifact.format))
+        ranked = self._registry.rank(artifact, probes, self._hardware)
+        if fixed:
+            ranked = [candidate for candidate in ranked if candidate.backend == fixed]
+        usable = [candidate for candidate in ranked if candidate.fit.score > 0]
+        if not usable:
+            reasons = "; ".join(f"{c.backend}: {c.fit.reason}" for c in ranked)
+            raise BackendUnavailable(f"no backend can run this model here. {reasons}")
+        return usable
+
+    def _options(self) -> LoadOptions:
+        return LoadOptions(
+            context_length=self._settings.context_length or None,
+            slots=self._settings.slots or None,
+            threads=self._hardware.physical_cores,
+        )
+
+    async def _load_with(
+        self, backend: str, record: ModelRecord, artifact: Artifact, watch: Watch
+    ) -> Instance:
+        options = self._options()
+        estimate = self._registry.classes[backend].estimate(artifact, options)
+        self._ledger.reserve(record.id, record.unique, estimate.total_bytes)
+        watch.chosen(backend, estimate)
+        scratch = self._store.new_scratch()
+        worker: Worker | None = None
+        try:
+            started = time.monotonic()
+            worker = await Worker.start(
+                self._registry.paths[backend], name=record.unique, scratch=scratch
+            )
+            watch.started(worker)
+            spec = LoadSpec(
+                artifact=artifact,
+                context_length=estimate.context_length,
+                slots=estimate.slots,
+                threads=options.threads,
+                scratch_dir=str(scratch),
+            )
+            loaded = await worker.load(
+                spec, timeout_s=self._settings.load_timeout_s, progress=watch.progress
+            )
+            instance = Instance(worker, loaded, scratch)
+            measured = await self.measure(record.id, artifact, instance)
+        except BaseException:
+            if worker is not None:
+                await worker.stop("the load was given up")
+            self._store.drop_scratch(scratch)
+            self._ledger.release(record.id)
+            raise
+        log.info(
+            "model=%s backend=%s pid=%d estimate_bytes=%d measured_bytes=%d seconds=%.2f",
+            record.unique,
+            backend,
+            worker.pid,
+            estimate.total_bytes,
+            measured,
+            time.monotonic() - started,
+        )
+        return instance
+
+    async def measure(self, model_id: str, artifact: Artifact, instance: Instance) -> int:
+        """Note in the ledger what the instance's worker uses now; return it, in bytes."""
+        files = [os.path.realpath(file.path) for file in artifact.files]
+        measured = await asyncio.to_thread(worker_memory, instance.worker.pid, files)
+        self._ledger.measured(model_id, measured)
+        return measured
+
+    async def give_back(self, model_id: str, instance: Instance, reason: str) -> None:
+        """End the instance's process and return everything that it held."""
+        await instance.worker.stop(reason)
+        self._store.drop_scratch(instance.scratch)
+        self._ledger.release(model_id)

@@ -1,0 +1,113 @@
+"""Where a model's files come from: parsing and naming of sources. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from daemon.errors import InvalidRequest
+
+UNIQUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
+_OWNER_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DISTRIBUTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FORMS = (
+    "hf:owner/repo[:quant|/file][@revision], https://host/file.gguf, /path/to/file.gguf "
+    "or package:DISTRIBUTION/FILE"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """A file of a Hugging Face repository, by its path or by a quantization in its name."""
+
+    repo: str
+    file: str = ""
+    quantization: str = ""
+    revision: str = "main"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UrlSource:
+    """One file at an http(s) address."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathSource:
+    """A file that is on this machine already; `path` is absolute."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageSource:
+    """A file inside an installed Python distribution."""
+
+    distribution: str
+    file: str
+
+
+Source = HubSource | UrlSource | PathSource | PackageSource
+
+
+def _relative(path: str, whole: str) -> str:
+    """Return `path` if it stays inside its folder. Raises InvalidRequest."""
+    parts = PurePosixPath(path).parts
+    if not path or path.startswith("/") or "\\" in path or any(p in ("..", ".") for p in parts):
+        raise InvalidRequest(f"source {whole!r}: {path!r} is not a file path inside it")
+    return path
+
+
+def _parse_hub(text: str) -> HubSource:
+    rest, _, revision = text.removeprefix("hf:").partition("@")
+    match = _OWNER_REPO.match(rest)
+    if match is None or "@" in text and not revision:
+        raise InvalidRequest(f"source {text!r} is not hf:owner/repo[:quant|/file][@revision]")
+    repo, tail = match.group(), rest[match.end() :]
+    if tail.startswith("/"):
+        return HubSource(repo=repo, file=_relative(tail[1:], text), revision=revision or "main")
+    if tail and not re.fullmatch(r":[\w.-]+", tail):
+        raise InvalidRequest(f"source {text!r}: {tail!r} is neither :quantization nor /file")
+    return HubSource(repo=repo, quantization=tail[1:], revision=revision or "main")
+
+
+def parse(text: str) -> Source:
+    """Return the source that `text` names. Raises InvalidRequest with the forms that exist."""
+    if text.startswith("hf:"):
+        return _parse_hub(text)
+    if text.startswith(("https://", "http://")):
+        return UrlSource(url=text)
+    if text.startswith("/"):
+        return PathSource(path=text)
+    if text.startswith("package:"):
+        distribution, _, file = text.removeprefix("package:").partition("/")
+        if _DISTRIBUTION.fullmatch(distribution):
+            return PackageSource(distribution=distribution, file=_relative(file, text))
+    raise InvalidRequest(f"{text!r} is not a source; a source is {FORMS}")
+
+
+def is_source(text: str) -> bool:
+    """Say whether `text` parses as a source."""
+    try:
+        parse(text)
+    except InvalidRequest:
+        return False
+    return True
+
+
+def name_for(source: Source) -> str:
+    """Return the unique name of a model whose user gave none: the file's lower-cased stem."""
+    match source:
+        case HubSource(file=""):
+            stem = source.repo.partition("/")[2]
+            stem = f"{stem}:{source.quantization}" if source.quantization else stem
+        case HubSource() | PackageSource():
+            stem = PurePosixPath(source.file).stem
+        case UrlSource():
+            stem = PurePosixPath(source.url.partition("?")[0].partition("#")[0]).stem
+        case PathSource():
+            stem = PurePosixPath(source.path).stem
+    name = re.sub(r"[^a-z0-9._:-]+", "-", stem.lower()).lstrip("._:-")
+    return name[:200] or "model"

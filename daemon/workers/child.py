@@ -1,0 +1,187 @@
+"""The parent's handle on one child process: start, messages in order, stop ladder, last words.
+
+Owns process lifetime for workers, probers and fetchers alike; knows none of their messages.
+Must be used on the main thread: a child dies with the thread that started it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from backends import wire
+
+_TAIL_BYTES = 8192
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "_KEY")
+log = logging.getLogger(__name__)
+
+
+def environment_without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` less the variables whose name says that they hold a secret."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not any(word in name.upper() for word in _SECRET_WORDS)
+        and name not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+    }
+
+
+def describe_exit(status: int) -> str:
+    """Return how a process ended, in words: `exit status 1`, or `killed by SIGKILL (9)`."""
+    if status >= 0:
+        return f"exit status {status}"
+    with contextlib.suppress(ValueError):
+        return f"killed by {signal.Signals(-status).name} ({-status})"
+    return f"killed by signal {-status}"
+
+
+class Child:
+    """A running child. Make one with `start`; whoever makes it must `stop` it or await `exited`."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        decoder: wire.Decoder[Any],
+        name: str,
+    ) -> None:
+        self.name = name
+        self.pid = process.pid
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._decoder = decoder
+        self._tail = bytearray()
+        self._drains = [
+            asyncio.create_task(self._drain(stream))
+            for stream in (process.stdout, process.stderr)
+            if stream is not None
+        ]
+        self.exited: asyncio.Task[int] = asyncio.create_task(self._reap())
+
+    @classmethod
+    async def start(
+        cls,
+        arguments: Sequence[str],
+        *,
+        union: Any,
+        name: str,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Child:
+        """Start `python arguments…` with a channel; `union` is the type of what it will say.
+
+        Raises OSError if the process cannot be started.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                *arguments,
+                f"--channel-fd={theirs.fileno()}",
+                f"--parent-pid={os.getpid()}",
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                env=environment_without_secrets(os.environ) if environment is None else environment,
+                cwd=cwd,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        reader, writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
+        log.debug("child=%s pid=%d started", name, process.pid)
+        return cls(process, reader, writer, wire.Decoder(union), name)
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue a message. One to a child that has gone is lost: `exited` tells."""
+        if not self._writer.is_closing():
+            self._writer.write(wire.encode(message))
+
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield messages until the child closes the channel. A line that is none kills the child.
+
+        Raises ProtocolError after that.
+        """
+        try:
+            while (line := await self._reader.readline()).endswith(b"\n"):
+                yield self._decoder.decode(line)
+            # A line without its end was torn by the child's death, of which `exited` tells.
+        except (ValueError, wire.ProtocolError) as error:  # ValueError: a line over the limit
+            log.error("child=%s pid=%d protocol error: %s", self.name, self.pid, error)
+            self._signal(signal.SIGKILL)
+            raise wire.ProtocolError(f"{self.name} broke the protocol: {error}") from error
+        except ConnectionError:
+            return
+
+    @property
+    def tail(self) -> str:
+        """The last 8 KiB of what the child printed."""
+        return self._tail.decode("utf-8", "replace").strip()
+
+    def last_line(self) -> str:
+        """Return the last line that the child printed, to explain how it ended."""
+        return self.tail.rpartition("\n")[2]
+
+    async def _drain(self, stream: asyncio.StreamReader) -> None:
+        unfinished = b""
+        while chunk := await stream.read(65536):
+            self._tail = (self._tail + chunk)[-_TAIL_BYTES:]
+            if log.isEnabledFor(logging.DEBUG):
+                *lines, unfinished = (unfinished + chunk).split(b"\n")
+                unfinished = unfinished[-_TAIL_BYTES:]
+                for line in lines:
+                    log.debug("child=%s %s", self.name, line.decode("utf-8", "replace"))
+
+    async def _reap(self) -> int:
+        status = await self._process.wait()
+        # A grandchild may hold the pipes open; what the child itself printed is here by now.
+        await asyncio.wait(self._drains, timeout=0.5)
+        for drain in self._drains:
+            drain.cancel()
+        self._writer.close()
+        log.debug("child=%s pid=%d ended: %s", self.name, self.pid, describe_exit(status))
+        return status
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    async def stop(self, goodbye: msgspec.Struct | None = None, *, grace_s: float = 2.0) -> int:
+        """End the child: `goodbye`, grace, SIGTERM, grace, SIGKILL. Return its exit status.
+
+        May be called by several at once, and after the end.
+        """
+        if goodbye is not None:
+            self.send(goodbye)
+            if await self._gone_within(grace_s):
+                return self.exited.result()
+        self._signal(signal.SIGTERM)
+        if not await self._gone_within(grace_s):
+            self._signal(signal.SIGKILL)
+        return await asyncio.shield(self.exited)
+
+    async def _gone_within(self, seconds: float) -> bool:
+        done, _ = await asyncio.wait([self.exited], timeout=seconds)
+        return bool(done)
+
+    def kill(self) -> None:
+        """End the child at once; `exited` follows."""
+        self._signal(signal.SIGKILL)

@@ -1,0 +1,189 @@
+"""The parent's handle on one loaded model: load, requests by id, crash or stop.
+
+Owns what is in flight on the channel. Knows nothing of models' states or of memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from backends import contract, wire
+from daemon import errors
+from daemon.workers.child import Child, describe_exit
+
+_CANCEL_GRACE_S = 20.0  # a prefill batch takes at most 1 s; a worker that needs this is stuck
+_STOP_GRACE_S = 2.0
+_EXIT_GRACE_S = 5.0  # between the end of its channel and the end of a process
+log = logging.getLogger(__name__)
+
+Answer = contract.Delta | contract.Done
+
+
+def error_from(error: wire.Error) -> errors.ModeldError:
+    """Return the daemon's error for what a backend reported."""
+    kinds: dict[str, type[errors.ModeldError]] = {
+        cls.code: cls
+        for cls in (
+            errors.InvalidRequest,
+            errors.ContextLengthExceeded,
+            errors.LoadFailed,
+            errors.EngineError,
+        )
+    }
+    return kinds.get(error.code, errors.EngineError)(error.message)
+
+
+class Request:
+    """One request in flight. `finished` is done once the worker's slot is free again."""
+
+    def __init__(self) -> None:
+        self.answers: asyncio.Queue[Answer | errors.ModeldError] = asyncio.Queue()
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def finish(self, last: Answer | errors.ModeldError) -> None:
+        """Deliver the last answer."""
+        self.answers.put_nowait(last)
+        if not self.finished.done():
+            self.finished.set_result(None)
+
+
+class Worker:
+    """One model in one process. Make it with `start`, then `load` once.
+
+    `ended` gives None for a stop that was asked for, and the error for a crash.
+    """
+
+    def __init__(self, child: Child, name: str) -> None:
+        self._child = child
+        self.name = name
+        self.pid = child.pid
+        self._requests: dict[int, Request] = {}
+        self._ids = itertools.count(1)
+        self._loaded: asyncio.Future[contract.LoadedModel] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._progress: Callable[[float], None] = lambda _: None
+        self._stop_reason = ""
+        self._listen_task = asyncio.create_task(self._listen())
+        self.ended: asyncio.Task[errors.ModeldError | None] = asyncio.create_task(self._end())
+
+    @classmethod
+    async def start(cls, backend_path: str, *, name: str, scratch: Path) -> Worker:
+        """Start a worker for the backend at `module:Class`. Raises OSError."""
+        arguments = ["-m", "backends.worker", f"--backend={backend_path}"]
+        child = await Child.start(arguments, union=wire.FromWorker, name=name, cwd=scratch)
+        return cls(child, name)
+
+    async def load(
+        self, spec: contract.LoadSpec, *, timeout_s: float, progress: Callable[[float], None]
+    ) -> contract.LoadedModel:
+        """Load the model. Raises LoadFailed, LoadTimeout, WorkerCrashed; then stop the worker."""
+        self._progress = progress
+        self._child.send(wire.Load(spec=spec))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self._loaded)
+        except TimeoutError:
+            raise errors.LoadTimeout(
+                f"{self.name} was not loaded within {timeout_s:.0f} s ([models] load_timeout_s)"
+            ) from None
+
+    def submit(self, request: contract.ChatRequest) -> tuple[int, Request]:
+        """Send a request. The caller keeps within the model's slots."""
+        request_id = next(self._ids)
+        entry = self._requests[request_id] = Request()
+        self._child.send(wire.Chat(id=request_id, request=request))
+        if self._child.exited.done():
+            self._fail(request_id, self._crash())
+        return request_id, entry
+
+    async def answers(self, request_id: int, request: Request) -> AsyncIterator[Answer]:
+        """Yield the request's deltas, then its Done. Raises ModeldError.
+
+        Whoever stops iterating early must call `cancel`.
+        """
+        while True:
+            answer = await request.answers.get()
+            if isinstance(answer, errors.ModeldError):
+                raise answer
+            yield answer
+            if isinstance(answer, contract.Done):
+                return
+
+    async def cancel(self, request_id: int) -> None:
+        """End a request and wait until its slot is free. A worker that ignores it is killed."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        self._child.send(wire.Cancel(id=request_id))
+        done, _ = await asyncio.wait([request.finished], timeout=_CANCEL_GRACE_S)
+        if not done:
+            log.error("model=%s pid=%d ignores a cancel, killed", self.name, self.pid)
+            self._child.kill()
+            await asyncio.wait([self.ended])
+
+    async def stop(self, reason: str) -> None:
+        """End the process. Requests in flight fail with WorkerCrashed that gives `reason`."""
+        self._stop_reason = self._stop_reason or reason
+        await self._child.stop(wire.Shutdown(), grace_s=_STOP_GRACE_S)
+        await asyncio.shield(self.ended)
+
+    def kill(self, reason: str) -> None:
+        """End the process at once, for a load that nobody wants any more."""
+        self._stop_reason = self._stop_reason or reason
+        self._child.kill()
+
+    async def _listen(self) -> None:
+        async for message in self._child.messages():
+            match message:
+                case wire.Progress():
+                    self._progress(message.fraction)
+                case wire.Loaded() if not self._loaded.done():
+                    self._loaded.set_result(message.model)
+                case wire.Delta() if message.id in self._requests:
+                    self._requests[message.id].answers.put_nowait(message.delta)
+                case wire.Done() if message.id in self._requests:
+                    self._requests.pop(message.id).finish(message.done)
+                case wire.Error(id=None) if not self._loaded.done():
+                    self._loaded.set_exception(error_from(message))
+                case wire.Error(id=int() as request_id):
+                    self._fail(request_id, error_from(message))
+                case _:
+                    log.debug("model=%s said %r", self.name, message)
+        # Its channel has ended, so it can't be asked anything any more.
+        done, _ = await asyncio.wait([self._child.exited], timeout=_EXIT_GRACE_S)
+        if not done:
+            self._child.kill()
+
+    def _fail(self, request_id: int, error: errors.ModeldError) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            request.finish(error)
+
+    def _crash(self) -> errors.ModeldError:
+        status = self._child.exited.result()
+        if self._stop_reason:
+            return errors.WorkerCrashed(f"{self.name}: {self._stop_reason}")
+        words = self._child.last_line()
+        said = f"; its last words: {words}" if words else ""
+        return errors.WorkerCrashed(
+            f"the worker that held {self.name} crashed ({describe_exit(status)}){said}"
+        )
+
+    async def _end(self) -> errors.ModeldError | None:
+        """Wait for the end; fail what is in flight; return the error if it was a crash."""
+        await asyncio.shield(self._child.exited)
+        await asyncio.wait([self._listen_task])
+        if broken := self._listen_task.exception():
+            log.error("model=%s %s", self.name, broken)
+        error = self._crash()
+        if not self._loaded.done():
+            self._loaded.set_exception(error)
+            self._loaded.exception()  # `load` may have given up: then nobody asks
+        for request_id in list(self._requests):
+            self._fail(request_id, error)
+        return None if self._stop_reason else error
