@@ -205,9 +205,7 @@ class LlamaCpp:
             yield Delta(content=text)
         return Done(
             finish_reason=finish_reason,
-            usage=Usage(
-                prompt_tokens=len(prompt), completion_tokens=count, cached_tokens=cached
-            ),
+            usage=Usage(prompt_tokens=len(prompt), completion_tokens=count, cached_tokens=cached),
             timings=Timings(
                 prompt_ms=(read - started) * 1e3, predicted_ms=(time.monotonic() - read) * 1e3
             ),
@@ -241,20 +239,17 @@ class LlamaCpp:
         try:
             llama.eval(prompt[cached:-1])
         finally:
-            llama_cpp.llama_set_abort_callback(
-                llama.ctx, llama_cpp.ggml_abort_callback(0), None
-            )
+            llama_cpp.llama_set_abort_callback(llama.ctx, llama_cpp.ggml_abort_callback(0), None)
 
     def _tokens(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
         """Yield generated tokens until the context is full."""
         llama = self._llama
         seed = sampling.seed if sampling.seed is not None else random.getrandbits(31)
         llama.set_seed(seed)
-        generated = 0
-        for token in llama.generate(prompt, **_sampling(sampling)):
+        generation = llama.generate(prompt, **_sampling(sampling))
+        for position, token in enumerate(generation, start=len(prompt) + 1):
             yield token
-            generated += 1
-            if len(prompt) + generated >= llama.n_ctx():
+            if position >= llama.n_ctx():
                 return
 
     def _ends(self, token: int) -> bool:

@@ -22,7 +22,7 @@ BUILTIN = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One backend's answer to: can you run this model here?"""
+    """What one backend says of running a model here."""
 
     backend: str
     fit: Fit

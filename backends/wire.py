@@ -23,7 +23,7 @@ class ProtocolError(Exception):
     """A line that is no message: too long, not JSON, or of no known type."""
 
 
-class Message(msgspec.Struct, frozen=True, tag_field="type", tag=str.lower):
+class Message(msgspec.Struct, tag_field="type", tag=str.lower):
     """Base of all messages; the JSON field `type` names the class in lower case."""
 
 

@@ -86,7 +86,7 @@ def bind(listen: Sequence[str]) -> list[socket.socket]:
     sockets: list[socket.socket] = []
     try:
         for address in addresses:
-            sockets.append(_bind_one(address))
+            sockets.append(_bind_one(address))  # noqa: PERF401  those opened so far must be closed
     except BaseException:
         for opened in sockets:
             opened.close()
@@ -134,7 +134,7 @@ def _tcp(address: TcpAddress) -> socket.socket:
 
 
 def _unix(address: UnixAddress) -> socket.socket:
-    """Listen on a socket file that only this user may use; one left by a dead daemon is replaced."""
+    """Listen on a socket file for this user alone; one that a dead daemon left is replaced."""
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if _is_dead_socket(address.path):

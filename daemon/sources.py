@@ -63,7 +63,7 @@ def _relative(path: str, whole: str) -> str:
 def _parse_hub(text: str) -> HubSource:
     rest, _, revision = text.removeprefix("hf:").partition("@")
     match = _OWNER_REPO.match(rest)
-    if match is None or "@" in text and not revision:
+    if match is None or ("@" in text and not revision):
         raise InvalidRequest(f"source {text!r} is not hf:owner/repo[:quant|/file][@revision]")
     repo, tail = match.group(), rest[match.end() :]
     if tail.startswith("/"):

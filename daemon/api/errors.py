@@ -53,9 +53,7 @@ def render(request: web.Request, error: ModeldError) -> web.Response:
     if is_pieces(request.path):
         status = error.status if isinstance(error, Forbidden) else 500
         return web.Response(status=status, text=error.message, headers=_headers(error))
-    return web.json_response(
-        openai_envelope(error), status=error.status, headers=_headers(error)
-    )
+    return web.json_response(openai_envelope(error), status=error.status, headers=_headers(error))
 
 
 def _from_http(request: web.Request, error: web.HTTPException) -> web.StreamResponse:

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Collection
 from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
 
 from daemon.errors import Forbidden
 
@@ -74,7 +75,7 @@ def _port(request: web.Request) -> int | None:
     return address[1] if isinstance(address, tuple) else None
 
 
-def gate(allowed_hosts: Collection[str], allowed_origins: Collection[str]) -> Callable[..., object]:
+def gate(allowed_hosts: Collection[str], allowed_origins: Collection[str]) -> Middleware:
     """Return the middleware that lets nothing pass but what both rules allow.
 
     It answers CORS preflights of allowed origins itself.
@@ -104,7 +105,7 @@ def gate(allowed_hosts: Collection[str], allowed_origins: Collection[str]) -> Ca
 
 def _preflight(request: web.Request) -> web.Response:
     wanted = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
-    headers = {
+    headers: dict[str, str] = {
         hdrs.ACCESS_CONTROL_ALLOW_METHODS: _ALLOWED_METHODS,
         hdrs.ACCESS_CONTROL_ALLOW_HEADERS: wanted,
         hdrs.ACCESS_CONTROL_MAX_AGE: "600",

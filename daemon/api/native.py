@@ -164,7 +164,9 @@ def job_view(job: Job) -> dict[str, Any]:
 
 async def list_downloads(request: web.Request) -> web.Response:
     """List the last download of every model that had one."""
-    return web.json_response({"downloads": [job_view(j) for j in services(request).downloads.all()]})
+    return web.json_response(
+        {"downloads": [job_view(j) for j in services(request).downloads.all()]}
+    )
 
 
 async def memory(request: web.Request) -> web.Response:

@@ -44,7 +44,9 @@ async def list_models(request: web.Request) -> web.Response:
 
 async def show_model(request: web.Request) -> web.Response:
     """Show one model."""
-    return web.json_response(_model_view(services(request).catalog.get(request.match_info["model"])))
+    return web.json_response(
+        _model_view(services(request).catalog.get(request.match_info["model"]))
+    )
 
 
 def _usage(done: Done) -> dict[str, Any]:
@@ -105,7 +107,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     record = parts.catalog.get(body.model)
     if body.stream:
         return await _stream(request, parts, record, body)
-    pieces = []
+    pieces: list[str] = []
     async with parts.models.chat(record, body.to_backend()) as answers:
         async for answer in answers:
             if isinstance(answer, Done):
@@ -154,8 +156,6 @@ async def _send(
         await stream.send(completion.chunk({"content": answer.content}))
         return
     _check_ended_by_itself(answer)
-    await stream.send(
-        completion.chunk({}, answer.finish_reason) | {"timings": _timings(answer)}
-    )
+    await stream.send(completion.chunk({}, answer.finish_reason) | {"timings": _timings(answer)})
     if include_usage:
         await stream.send(completion.usage_chunk(answer))

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -31,7 +31,13 @@ CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 # Built-in models keep their id for ever, on every machine: it is made from their unique name.
 _NAMESPACE = uuid.UUID("6d0de1d0-5b1c-4f0a-9a53-6d6f64656c64")
 
-Listener = Callable[[str, bool], None]
+
+
+class Listener(Protocol):
+    """What is called after a change of a model."""
+
+    def __call__(self, model_id: str, *, deleted: bool) -> None: ...
+
 
 
 def now() -> str:
@@ -80,7 +86,7 @@ class Catalog:
         self._db.close()
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(id, deleted)` after every change; return what ends that."""
+        """Call `listener` after every change; return what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
@@ -142,7 +148,7 @@ class Catalog:
 
     def _notify(self, model_id: str, *, deleted: bool) -> None:
         for listener in list(self._listeners):
-            listener(model_id, deleted)
+            listener(model_id, deleted=deleted)
 
     def changed(self, model_id: str) -> None:
         """Tell listeners that something outside the record changed, such as the model's state."""

@@ -75,7 +75,9 @@ class Client:
             connection.request(method, path, payload, headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise CommandError(f"modeld at {self._address} went away: {error}", NO_DAEMON) from error
+            raise CommandError(
+                f"modeld at {self._address} went away: {error}", NO_DAEMON
+            ) from error
         if response.status >= http.HTTPStatus.BAD_REQUEST:
             text = response.read().decode("utf-8", "replace")
             raise CommandError(_message(text) or f"HTTP {response.status}")
@@ -87,7 +89,9 @@ class Client:
         try:
             data = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise CommandError(f"modeld at {self._address} went away: {error}", NO_DAEMON) from error
+            raise CommandError(
+                f"modeld at {self._address} went away: {error}", NO_DAEMON
+            ) from error
         finally:
             connection.close()
         return json.loads(data) if data else None

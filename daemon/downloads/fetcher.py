@@ -199,7 +199,7 @@ def attempt(download: Download, token: str) -> Fetched | wire.Error:
         return download.run()
     except ModeldError as error:
         return wire.Error(code=error.code, message=hidden(error.message))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the daemon is owed an answer
         # The daemon's log gets the trace; the user gets what the system said.
         sys.stderr.write(hidden(traceback.format_exc()))
         reason = str(error) or type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 from daemon import __version__
 from daemon.downloads import publish
 from daemon.downloads.transfer import RemoteFile
-from daemon.errors import DownloadFailed, InvalidRequest, ModeldError
+from daemon.errors import DownloadFailed, InvalidRequest
 from daemon.sources import HubSource
 
 if TYPE_CHECKING:
@@ -59,15 +60,21 @@ class Hub:
         """
         # The library would ask huggingface.co for a list of AI tools, to report which one runs it.
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        import httpx2
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            HTTPError,  # of the HTTP library that it uses, whichever that is
+            OfflineModeIsEnabled,
+        )
 
         if not self.token.isascii() or not self.token.isprintable():
             raise DownloadFailed("HF_TOKEN holds characters that no token has: set it again")
         try:
             return self._ask(source)
         except HfHubHTTPError as error:
-            raise self._refused(error, source) from error
+            if missing := self._missing(error, source):
+                raise InvalidRequest(missing) from error
+            raise DownloadFailed(self._refusal(error, source.repo)) from error
         except OfflineModeIsEnabled as error:
             raise DownloadFailed(
                 f"{source.repo}: HF_HUB_OFFLINE is set, so nothing is asked of {self.host}; "
@@ -75,7 +82,7 @@ class Hub:
             ) from error
         except HFValidationError as error:
             raise InvalidRequest(f"{source.repo!r} is no name of a repository: {error}") from error
-        except httpx2.HTTPError as error:
+        except HTTPError as error:
             raise DownloadFailed(_unreachable(error, self.host, self.timeout_s)) from error
         except (ValueError, KeyError, TypeError) as error:
             raise DownloadFailed(
@@ -84,9 +91,7 @@ class Hub:
 
     def _ask(self, source: HubSource) -> Resolved:
         from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
-
-        # The library documents this one as public, but does not mark it as exported.
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+        from huggingface_hub.utils import build_hf_headers
 
         token = self.token or False  # False: not one from the user's files either
         headers = build_hf_headers(token=token, user_agent=f"modeld/{__version__}")
@@ -110,31 +115,37 @@ class Hub:
         )
         return Resolved(commit=commit, files=(file,))
 
-    def _refused(self, error: HfHubHTTPError, source: HubSource) -> ModeldError:
+    def _missing(self, error: HfHubHTTPError, source: HubSource) -> str:
+        """Return which part of `source` the hub does not have; empty if it has all of it."""
         from huggingface_hub import errors
 
-        repo, status = source.repo, error.response.status_code
+        repo = source.repo
         match error:
             case errors.RevisionNotFoundError():
-                return InvalidRequest(f"{repo} has no revision {source.revision!r}")
+                return f"{repo} has no revision {source.revision!r}"
             case errors.RemoteEntryNotFoundError():
-                return InvalidRequest(f"{repo} has no file {source.file!r} that can be read")
-            case errors.GatedRepoError():
-                return DownloadFailed(f"{repo} is gated: {self._how_to_enter(repo)}")
-            case errors.DisabledRepoError():
-                return DownloadFailed(f"{repo} has been disabled by {self.host}")
-            case errors.RepositoryNotFoundError():
-                return InvalidRequest(
+                return f"{repo} lists a file {source.file!r}, but does not have it"
+            case errors.RepositoryNotFoundError() if not isinstance(error, errors.GatedRepoError):
+                return (
                     f"{self.host} has no repository {repo} that you may see: check its name; "
                     f"if it is private or gated, {self._how_to_enter(repo)}"
                 )
+        return ""
+
+    def _refusal(self, error: HfHubHTTPError, repo: str) -> str:
+        """Return why the hub does not give what it has."""
+        from huggingface_hub.errors import DisabledRepoError
+
+        status = error.response.status_code
+        if isinstance(error, DisabledRepoError):
+            return f"{repo} has been disabled by {self.host}"
         if status in (401, 403):
-            return DownloadFailed(
+            return (
                 f"{self.host} refuses access to {repo} (HTTP {status}): {self._how_to_enter(repo)}"
             )
         if status == 429:
-            return DownloadFailed(f"{self.host} limits how often it is asked: try again later")
-        return DownloadFailed(f"{self.host} answered HTTP {status} for {repo}")
+            return f"{self.host} limits how often it is asked: try again later"
+        return f"{self.host} answered HTTP {status} for {repo}"
 
     def _how_to_enter(self, repo: str) -> str:
         advice = f"accept its licence at {self.endpoint}/{repo} and set HF_TOKEN to a token of the "
@@ -217,11 +228,7 @@ def _listed_facts(info: ModelInfo, name: str) -> tuple[int | None, str | None]:
 
 def _unreachable(error: Exception, host: str, timeout_s: float) -> str:
     """Return why the hub could not be asked; the library says it in an exception's cause."""
-    import socket
-
-    import httpx2
-
-    if isinstance(error, httpx2.TimeoutException):
+    if "Timeout" in type(error).__name__:
         return f"{host} did not answer within {timeout_s:g} s"
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, socket.gaierror):

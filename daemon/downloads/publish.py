@@ -156,11 +156,12 @@ def link(to: Destination, sha256: str, name: str) -> ModelFile:
 def hash_local(path: str, report: Report) -> LocalFile:
     """Read a user's own file once. Raises InvalidRequest if it cannot be, or changes meanwhile."""
     try:
-        if stat.S_ISDIR(os.stat(path).st_mode):
+        mode = Path(path).stat().st_mode
+        if stat.S_ISDIR(mode):
             raise InvalidRequest(f"{path} is a directory: name a file in it")
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(mode):
             raise InvalidRequest(f"{path} is not a regular file")
-        with open(path, "rb", buffering=0) as file:
+        with Path(path).open("rb", buffering=0) as file:
             before = os.fstat(file.fileno())
             sha256 = _drain(file, None, before.st_size, report)
             os.fsync(file.fileno())  # it may have been written a moment ago
@@ -290,7 +291,7 @@ def _hex(record_value: str) -> str:
 def _move_in(path: Path, target: Path) -> None:
     """Put `path`, complete and on the disk, at its final name, durably."""
     make_dir(target.parent)
-    os.replace(path, target)
+    path.replace(target)
     # rename() does nothing, and succeeds, if both names are links to the same file already.
     path.unlink(missing_ok=True)
     _sync_dir(target.parent)

@@ -24,7 +24,6 @@ from daemon.downloads.publish import Report, VerificationFailed
 from daemon.errors import DownloadFailed, InvalidRequest
 
 MAX_REDIRECTS = 10
-USER_AGENT = f"modeld/{__version__}"
 _RECHECK_BYTES = 64 * 1024 * 1024  # how often the room on the disk is looked at again
 _READ_BYTES = 1024 * 1024
 _CREDENTIALS = frozenset({"authorization", "cookie"})
@@ -92,7 +91,7 @@ def session(timeouts: Timeouts) -> aiohttp.ClientSession:
         timeout=aiohttp.ClientTimeout(
             connect=timeouts.connect_s, sock_connect=timeouts.connect_s, sock_read=timeouts.stall_s
         ),
-        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+        headers={"User-Agent": f"modeld/{__version__}", "Accept-Encoding": "identity"},
     )
 
 
@@ -206,7 +205,7 @@ async def _open(
             return response, linked or _plain(response.headers.get("ETag"))
         response.close()
         following = _follow(url, target, remote.name)
-        if not same_origin(url, following):
+        if not _same_origin(url, following):
             headers = {k: v for k, v in headers.items() if k.lower() not in _CREDENTIALS}
         url = following
     problem = "in a circle" if url in seen else f"more than {MAX_REDIRECTS} times"
@@ -224,7 +223,7 @@ def _follow(url: URL, target: str, name: str) -> URL:
     return following
 
 
-def same_origin(here: URL, there: URL) -> bool:
+def _same_origin(here: URL, there: URL) -> bool:
     """Say whether what authorises at `here` may be shown at `there`: its origin, or that on TLS."""
     upgrade = (here.scheme, here.port, there.scheme, there.port) == ("http", 80, "https", 443)
     same = (here.scheme, here.port) == (there.scheme, there.port)
@@ -308,20 +307,22 @@ def _explained(
 def _reason(error: Exception, host: str, timeout: aiohttp.ClientTimeout, where: _Position) -> str:
     match error:
         case aiohttp.ClientConnectorDNSError():
-            return f"the host {error.host} is not known; is this computer online?"
+            text = f"the host {error.host} is not known; is this computer online?"
         case aiohttp.ClientProxyConnectionError():
-            return f"the proxy {error.host}:{error.port} does not answer ({error.strerror})"
+            text = f"the proxy {error.host}:{error.port} does not answer"
         case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError():
-            return f"no trusted TLS connection to {error.host}:{error.port} ({error})"
+            text = f"no trusted TLS connection to {error.host}:{error.port} ({error})"
         case aiohttp.ClientConnectorError():
             reason = os.strerror(error.os_error.errno or 0)
-            return f"cannot connect to {error.host}:{error.port} ({reason})"
+            text = f"cannot connect to {error.host}:{error.port} ({reason})"
         case aiohttp.ClientHttpProxyError():
-            return f"the proxy refused: HTTP {error.status} {error.message}"
+            text = f"the proxy refused: HTTP {error.status} {error.message}"
         case aiohttp.ConnectionTimeoutError():
-            return f"{host} took no connection within {timeout.connect:g} s"
+            text = f"{host} took no connection within {timeout.connect:g} s"
         case TimeoutError():
-            return f"{host} sent nothing for {timeout.sock_read:g} s, {where}"
+            text = f"{host} sent nothing for {timeout.sock_read:g} s, {where}"
         case aiohttp.InvalidURL():
-            return f"{host} leads to an address that is none"
-    return f"the connection to {host} was lost {where}"
+            text = f"{host} leads to an address that is none"
+        case _:
+            text = f"the connection to {host} was lost {where}"
+    return text

@@ -56,9 +56,7 @@ class Ledger:
             max(0, entry.reserved_bytes - entry.measured_bytes)
             for entry in self.reservations.values()
         )
-        return max(
-            0, min(self.budget_bytes - self.reserved_bytes, self._available() - untouched)
-        )
+        return max(0, min(self.budget_bytes - self.reserved_bytes, self._available() - untouched))
 
     def reserve(self, model_id: str, unique: str, estimate_bytes: int) -> None:
         """Book a load. Raises InsufficientMemory, with the numbers, if it does not fit."""

@@ -191,7 +191,7 @@ class ModelManager:
             try:
                 request_id, entry = instance.worker.submit(request)
                 try:
-                    yield instance.worker.answers(request_id, entry)
+                    yield instance.worker.answers(entry)
                 finally:
                     if not entry.finished.done():
                         await asyncio.shield(self._task(instance.worker.cancel(request_id)))
@@ -209,8 +209,10 @@ class ModelManager:
             while True:
                 instance = await self._ensure_ready(resident)
                 await instance.slots.acquire()
-                if resident.instance is instance and instance.alive and (
-                    resident.state is ModelState.READY
+                if (
+                    resident.instance is instance
+                    and instance.alive
+                    and (resident.state is ModelState.READY)
                 ):
                     instance.running += 1
                     instance.idle.clear()

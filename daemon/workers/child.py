@@ -124,7 +124,6 @@ class Child:
                 yield self._decoder.decode(line)
             # A line without its end was torn by the child's death, of which `exited` tells.
         except (ValueError, wire.ProtocolError) as error:  # ValueError: a line over the limit
-            log.error("child=%s pid=%d protocol error: %s", self.name, self.pid, error)
             self._signal(signal.SIGKILL)
             raise wire.ProtocolError(f"{self.name} broke the protocol: {error}") from error
         except ConnectionError:

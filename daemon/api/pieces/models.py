@@ -83,7 +83,9 @@ async def update(request: web.Request) -> web.Response:
         raise InvalidRequest("id: the model to update is missing")
     record = parts.catalog.get(body.id)
     if not record.custom:
-        raise InvalidRequest(f"{record.unique} is a built-in model; only custom ones can be changed")
+        raise InvalidRequest(
+            f"{record.unique} is a built-in model; only custom ones can be changed"
+        )
     changes = body.changes()
     if body.unique and body.unique != record.unique:
         unique, source = body.name_and_source()

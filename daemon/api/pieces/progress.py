@@ -72,7 +72,7 @@ async def identifiers(request: web.Request) -> web.StreamResponse:
     changes: dict[str, bool] = {}
     more = asyncio.Event()
 
-    def changed(model_id: str, deleted: bool) -> None:
+    def changed(model_id: str, *, deleted: bool) -> None:
         changes[model_id] = deleted  # a slow reader gets each model once
         more.set()
 
@@ -81,7 +81,7 @@ async def identifiers(request: web.Request) -> web.StreamResponse:
         while True:
             await more.wait()
             more.clear()
-            batch = [_identifier(*item) for item in changes.items()]
+            batch = [_identifier(key, deleted=gone) for key, gone in changes.items()]
             changes.clear()
             await socket.send_json({"iterable": batch})
 
@@ -92,8 +92,6 @@ async def identifiers(request: web.Request) -> web.StreamResponse:
         end()
 
 
-def _identifier(model_id: str, deleted: bool) -> dict[str, Any]:
+def _identifier(model_id: str, *, deleted: bool) -> dict[str, Any]:
     identifier: dict[str, Any] = {"model": {"id": model_id}}
     return identifier | {"deleted": True} if deleted else identifier
-
-

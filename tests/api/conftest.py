@@ -1,0 +1,77 @@
+"""The application in this process, with the reference backend in real workers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from gguf_files import write_gguf
+
+from backends.registry import Registry
+from daemon import service
+from daemon.api.app import build
+from daemon.api.context import SERVICES, Services
+from daemon.config import Config
+
+Client = TestClient[web.Request, web.Application]
+AddModel = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+def config() -> Config:
+    """The settings of the application; a test module may override this fixture."""
+    return Config()
+
+
+@pytest.fixture
+async def client(tmp_path: Path, config: Config) -> AsyncIterator[Client]:
+    """A client of an application whose one backend is the reference backend."""
+    registry = Registry({"reference": "reference_backend:ReferenceBackend"})
+    data_dir = tmp_path / "modeld"
+    data_dir.mkdir()
+    async with service.running_services(config, data_dir, registry) as services:
+        server = TestServer(build(services))
+        client = TestClient(server)
+        await client.start_server(handler_cancellation=True)
+        try:
+            yield client
+        finally:
+            services.stopping.set()
+            await client.close()
+
+
+@pytest.fixture
+def services(client: Client) -> Services:
+    return client.app[SERVICES]
+
+
+@pytest.fixture
+def add_model(client: Client, tmp_path: Path) -> AddModel:
+    """Import a tiny GGUF: `await add_model("name", **metadata)` returns its id."""
+
+    async def add(unique: str = "tiny", **metadata: Any) -> str:
+        path = tmp_path / f"{unique}.gguf"
+        write_tiny(path, **metadata)
+        body = {"source": str(path), "unique": unique}
+        answer = await client.post("/modeld/v1/models", json=body)
+        assert answer.status == 201, await answer.text()
+        model_id = (await answer.json())["id"]
+        services = client.app[SERVICES]
+        job = services.downloads.start(services.catalog.get(model_id))
+        assert job.task is not None
+        await job.task
+        assert job.state == "completed", job.error
+        return str(model_id)
+
+    return add
+
+
+def write_tiny(path: Path, **metadata: Any) -> None:
+    """Write a GGUF with one small tensor; keyword `test_load` orders the reference backend."""
+    facts: dict[str, Any] = {"general.architecture": "llama", "llama.context_length": 2048}
+    facts |= {key.replace("_", ".", 1): value for key, value in metadata.items()}
+    write_gguf(path, facts, [("blk.0.weight", (32, 4), 0)])

@@ -1,0 +1,73 @@
+"""Fixtures of all tiers. Every test has its own home; no child outlives a test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from running import RunningDaemon
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's settings, tokens or a daemon of theirs."""
+    for name in list(os.environ):
+        if name.startswith(("MODELD_", "HF_", "HUGGING")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    # children find the backends that tests bring
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+
+
+@pytest.fixture(autouse=True)
+def no_children_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a process behind. Session-wide daemons were there before it."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    if "daemon" in request.fixturenames or "sample_daemon" in request.fixturenames:
+        return  # its own fixture stops it later and checks that
+    left = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child not in before and child.status() != psutil.STATUS_ZOMBIE
+    ]
+    assert not left, left
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[Callable[..., RunningDaemon]]:
+    """Start daemons that share this test's home: `start_daemon(*arguments, **environment)`."""
+    started: list[RunningDaemon] = []
+
+    def start(*arguments: str, **extra: str) -> RunningDaemon:
+        daemon = RunningDaemon(tmp_path, *arguments, **extra)
+        started.append(daemon)
+        return daemon.start()
+
+    yield start
+    for daemon in started:
+        if daemon.alive:
+            daemon.stop()
+
+
+@pytest.fixture
+def daemon(start_daemon: Callable[..., RunningDaemon]) -> RunningDaemon:
+    """A running daemon with an empty data directory."""
+    return start_daemon()
+
+
+@pytest.fixture(scope="session")
+def sample_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    """One running daemon for the whole session, with the sample model downloaded."""
+    daemon = RunningDaemon(tmp_path_factory.mktemp("sample"))
+    daemon.start()
+    try:
+        daemon.download()
+        yield daemon
+    finally:
+        daemon.stop()
