@@ -26,11 +26,12 @@ class Places:
     """Directories of one model under `root`; none of them exists at first."""
 
     root: Path
+    model: str = "one"
 
     @property
     def partial_dir(self) -> Path:
         """What a download has so far."""
-        return self.root / "partial" / "one"
+        return self.root / "partial" / self.model
 
     @property
     def blobs_dir(self) -> Path:
@@ -40,7 +41,7 @@ class Places:
     @property
     def model_dir(self) -> Path:
         """The model's links."""
-        return self.root / "models" / "one"
+        return self.root / "models" / self.model
 
     def stored(self) -> list[str]:
         """Return every name in the store."""

@@ -116,7 +116,7 @@ class Download:
                 return self._copy(source)
             case _ if self._fetch.offline:
                 raise DownloadFailed(
-                    f"modeld is set to stay offline, so {self._fetch.source} cannot be downloaded; "
+                    "modeld is set to stay offline, so nothing is downloaded; "
                     "files on this machine can still be imported"
                 )
             case sources.UrlSource():

@@ -292,8 +292,6 @@ def _move_in(path: Path, target: Path) -> None:
     """Put `path`, complete and on the disk, at its final name, durably."""
     make_dir(target.parent)
     path.replace(target)
-    # rename() does nothing, and succeeds, if both names are links to the same file already.
-    path.unlink(missing_ok=True)
     _sync_dir(target.parent)
 
 

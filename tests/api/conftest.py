@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from gguf_files import write_gguf
+from gguf_files import Tensor, write_gguf
 
 from backends.registry import Registry
 from daemon import service
@@ -36,7 +36,7 @@ async def client(tmp_path: Path, config: Config) -> AsyncIterator[Client]:
     async with service.running_services(config, data_dir, registry) as services:
         server = TestServer(build(services))
         client = TestClient(server)
-        await client.start_server(handler_cancellation=True)
+        await client.start_server()
         try:
             yield client
         finally:
@@ -74,4 +74,4 @@ def write_tiny(path: Path, **metadata: Any) -> None:
     """Write a GGUF with one small tensor; keyword `test_load` orders the reference backend."""
     facts: dict[str, Any] = {"general.architecture": "llama", "llama.context_length": 2048}
     facts |= {key.replace("_", ".", 1): value for key, value in metadata.items()}
-    write_gguf(path, facts, [("blk.0.weight", (32, 4), 0)])
+    write_gguf(path, facts, [Tensor(name="blk.0.weight", dimensions=(32, 4))])

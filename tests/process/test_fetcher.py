@@ -23,7 +23,7 @@ from hub import Faults, LocalHub
 from yarl import URL
 
 from daemon.downloads import fetcher, hub, publish, transfer
-from daemon.downloads.messages import Fetch, Progress
+from daemon.downloads.messages import Fetch
 from daemon.errors import DownloadFailed, InsufficientDisk, InvalidRequest
 from daemon.sources import HubSource, PackageSource
 
@@ -100,8 +100,7 @@ def test_fetches_verifies_and_publishes_a_file_of_the_hub(
     assert outcome.fetched.revision == commit
     assert outcome.fetched.artifact.architecture == "llama"
     assert len(outcome.progress) >= 5
-    for first, sixth in zip(outcome.times, outcome.times[5:], strict=False):
-        assert sixth - first > 0.9, "more than five frames in a second"
+    assert len(outcome.progress) <= 5 * (outcome.times[-1] - outcome.times[0]) + 3
     (download,) = [r for r in local_hub.seen("/cdn/") if r.method == "GET"]
     assert download.range == "bytes=0-"
     for directory in (places.root / "models", places.blobs_dir, places.model_dir):
@@ -209,12 +208,11 @@ def test_does_not_fetch_what_the_store_has(
 ) -> None:
     fetch(places, SOURCE, endpoint=local_hub.url)
     local_hub.requests.clear()
-    other = Places(root=places.root)
     (places.model_dir / NAME).unlink()
 
-    outcome = fetch(other, SOURCE, endpoint=local_hub.url)
+    outcome = fetch(places, SOURCE, endpoint=local_hub.url)
 
-    assert_stored(outcome, other, NAME, content)
+    assert_stored(outcome, places, NAME, content)
     assert_told_well(outcome, len(content))
     assert local_hub.seen("/cdn/") == []
 
@@ -239,6 +237,21 @@ def test_the_same_download_twice_changes_nothing(
     for _ in range(2):
         outcome = fetch(places, text[source], endpoint=local_hub.url)
         assert_stored(outcome, places, NAME, content)
+
+
+@pytest.mark.parametrize("kind", ["url", "path"])
+def test_the_same_bytes_are_on_the_disk_once(
+    places: Places, local_hub: LocalHub, content: bytes, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    source = local_hub.file_url(REPO, NAME) if kind == "url" else str(tmp_path / "x.gguf")
+    other = Places(root=places.root, model="two")
+
+    (first,) = fetch(places, SOURCE, endpoint=local_hub.url).fetched.artifact.files
+    (second,) = fetch(other, source).fetched.artifact.files
+
+    assert first.path != second.path
+    assert Path(first.path).samefile(second.path)
 
 
 def test_puts_a_new_version_in_the_place_of_the_old(
@@ -351,7 +364,18 @@ def refused(
         (Faults(encoding="gzip"), [NAME, "encoded (gzip)"]),
         (Faults(status=503), [NAME, "HTTP 503 Service Unavailable"]),
     ],
-    ids=lambda value: None if isinstance(value, list) else repr(value)[7:40],
+    ids=[
+        "cut-off",
+        "stalled",
+        "corrupt",
+        "served-size",
+        "listed-size",
+        "circle",
+        "endless",
+        "other-part",
+        "encoded",
+        "unavailable",
+    ],
 )
 def test_a_transfer_that_goes_wrong_says_how(
     places: Places, local_hub: LocalHub, faults: Faults, words: list[str]
@@ -477,6 +501,7 @@ def test_looks_at_the_disk_before_it_fetches(
 def test_a_disk_that_fills_up_is_said_to_be_full(
     places: Places, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    places.partial_dir.mkdir(parents=True)
     full = Path("/dev/full")
     monkeypatch.setattr(publish, "open_partial", lambda to, name: full.open("r+b", buffering=0))
     message = Fetch(
