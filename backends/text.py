@@ -23,10 +23,12 @@ class StopScanner:
         return self._scan(self._decoder.decode(piece))
 
     def flush(self) -> str:
-        """Return what was held back, at the end of an answer that no stop sequence ended."""
-        text = self._scan(self._decoder.decode(b"", final=True))
+        """Return what was held back, at the end of an answer that no stop sequence ended.
+
+        The first bytes of a character that was cut off by the end are dropped.
+        """
         held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        return "" if self.stopped else held
 
     def _scan(self, text: str) -> str:
         if self.stopped:

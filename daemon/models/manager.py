@@ -161,10 +161,14 @@ class ModelManager:
         crash = await asyncio.shield(instance.worker.ended)
         if crash is None:
             return
+        await self._loader.give_back(resident.model_id, instance, "it crashed")
+        if resident.state is not ModelState.READY or resident.instance is not instance:
+            return  # an unload is under way, and puts the state right itself
+        # The state changes only now, and at once: until here others wait for this task, so that no
+        # second copy is loaded beside what the first one still holds.
         resident.crashes.append(time.monotonic())
         resident.instance = None
         resident.last_error = crash.message
-        await self._loader.give_back(resident.model_id, instance, "it crashed")
         self._set_state(resident, ModelState.FAILED)
 
     # asking

@@ -81,7 +81,10 @@ class Worker:
     async def load(
         self, spec: contract.LoadSpec, *, timeout_s: float, progress: Callable[[float], None]
     ) -> contract.LoadedModel:
-        """Load the model. Raises LoadFailed, LoadTimeout, WorkerCrashed; then stop the worker."""
+        """Load the model. Raises LoadFailed, LoadTimeout, WorkerCrashed, or Conflict if it was stopped.
+
+        The caller stops a worker that did not load.
+        """
         self._progress = progress
         self._child.send(wire.Load(spec=spec))
         try:
@@ -98,7 +101,7 @@ class Worker:
         entry = self._requests[request_id] = Request()
         self._child.send(wire.Chat(id=request_id, request=request))
         if self._child.exited.done():
-            self._fail(request_id, self._crash())
+            self._fail(request_id, self._ending())
         return request_id, entry
 
     @staticmethod
@@ -128,7 +131,7 @@ class Worker:
             await asyncio.wait([self.ended])
 
     async def stop(self, reason: str) -> None:
-        """End the process. Requests in flight fail with WorkerCrashed that gives `reason`."""
+        """End the process. Requests in flight fail with a Conflict that gives `reason`."""
         self._stop_reason = self._stop_reason or reason
         await self._child.stop(wire.Shutdown(), grace_s=_STOP_GRACE_S)
         await asyncio.shield(self.ended)
@@ -165,10 +168,11 @@ class Worker:
         if request is not None:
             request.finish(error)
 
-    def _crash(self) -> errors.ModeldError:
+    def _ending(self) -> errors.ModeldError:
+        """Return what requests are told that the worker's end cut short."""
         status = self._child.exited.result()
         if self._stop_reason:
-            return errors.WorkerCrashed(f"{self.name}: {self._stop_reason}")
+            return errors.Conflict(f"{self.name}: {self._stop_reason}")
         words = self._child.last_line()
         said = f"; its last words: {words}" if words else ""
         return errors.WorkerCrashed(
@@ -181,7 +185,7 @@ class Worker:
         await asyncio.wait([self._listen_task])
         if broken := self._listen_task.exception():
             log.error("model=%s %s", self.name, broken)
-        error = self._crash()
+        error = self._ending()
         if not self._loaded.done():
             self._loaded.set_exception(error)
             self._loaded.exception()  # `load` may have given up: then nobody asks

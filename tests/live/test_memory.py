@@ -1,0 +1,73 @@
+"""RAM is tracked while a model is loaded and comes back when it is unloaded."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+from running import SAMPLE
+
+MB = 1_000_000
+
+
+def ask(daemon) -> None:
+    body = {"model": SAMPLE, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    daemon.json("POST", "/v1/chat/completions", body)
+
+
+def unload(daemon) -> None:
+    daemon.json("POST", f"/model/{daemon.model()['id']}/unload")
+
+
+def test_a_loaded_model_s_memory_is_measured_and_booked(sample_daemon):
+    sample_daemon.json("POST", f"/modeld/v1/models/{SAMPLE}/load")
+    shown = sample_daemon.model()
+    measured = shown["measured_bytes"]
+    assert shown["reserved_bytes"] == max(shown["estimate_bytes"], measured)
+    # the resident set also counts the libraries that all processes share
+    rss = psutil.Process(shown["worker_pid"]).memory_info().rss
+    assert 0.7 * rss < measured <= rss
+    assert 0.7 < shown["estimate_bytes"] / measured < 1.3
+    memory = sample_daemon.json("GET", "/modeld/v1/memory")
+    assert memory["reserved_bytes"] == shown["reserved_bytes"]
+    assert memory["available_bytes"] <= memory["budget_bytes"] - memory["reserved_bytes"]
+    assert [entry["id"] for entry in memory["models"]] == [shown["id"]]
+    pieces = sample_daemon.json("GET", f"/model/{shown['id']}")
+    assert pieces["loaded"] is True and pieces["ram"]["value"] == measured
+    unload(sample_daemon)
+    assert sample_daemon.json("GET", "/modeld/v1/memory")["reserved_bytes"] == 0
+
+
+def test_twenty_loads_and_unloads_leave_nothing(sample_daemon):
+    ask(sample_daemon)
+    unload(sample_daemon)
+    start = sample_daemon.process.memory_info().rss
+    for _ in range(20):
+        ask(sample_daemon)
+        assert len(sample_daemon.children()) == 1
+        worker = psutil.Process(sample_daemon.model()["worker_pid"])
+        unload(sample_daemon)
+        ended = time.monotonic()
+        while sample_daemon.children():
+            assert time.monotonic() - ended < 1, "a child is left a second after the unload"
+            time.sleep(0.01)
+        assert not worker.is_running()
+    growth = sample_daemon.process.memory_info().rss - start
+    assert growth < 5 * MB, f"the daemon grew by {growth / MB:.1f} MB"
+    scratch = sample_daemon.data_dir / "store" / "scratch"
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_model_over_the_limit_is_refused_with_the_numbers(start_daemon):
+    daemon = start_daemon(MODELD_MEMORY_LIMIT="300MiB")
+    daemon.download()
+    body = {"model": SAMPLE, "messages": [{"role": "user", "content": "x"}]}
+    status, headers, text = daemon.request("POST", "/v1/chat/completions", body)
+    assert status == 503 and headers["x-should-retry"] == "false"
+    assert "0.50 GiB" in text and "0.29 GiB" in text and "insufficient_memory" in text
+    assert daemon.children() == []
+    assert daemon.json("GET", "/modeld/v1/memory")["reserved_bytes"] == 0
+
+
+def test_the_daemon_idles_under_60_mb(daemon):
+    assert daemon.process.memory_info().rss < 60 * MB
