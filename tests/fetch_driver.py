@@ -81,6 +81,7 @@ class Fetcher:
         *,
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
+        prefix: Sequence[str] = (),
     ) -> None:
         self._places = places
         self._decoder: wire.Decoder[FromFetcher] = wire.Decoder(FromFetcher)  # type: ignore[arg-type]
@@ -90,7 +91,7 @@ class Fetcher:
         self.channel.settimeout(_PATIENCE_S)
         with self._stderr.open("wb") as stderr, theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "daemon.downloads.fetcher", *arguments]
+                [*prefix, sys.executable, "-P", "-m", "daemon.downloads.fetcher", *arguments]
                 + [f"--channel-fd={theirs.fileno()}", f"--parent-pid={os.getpid()}"],
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
@@ -160,8 +161,11 @@ def fetch(
     offline: bool = False,
     environment: Mapping[str, str] | None = None,
     arguments: Sequence[str] = (),
+    prefix: Sequence[str] = (),
 ) -> Outcome:
     """Run one download to its end."""
-    with Fetcher(places, environment=environment, arguments=arguments) as child:
+    with Fetcher(
+        places, environment=environment, arguments=arguments, prefix=prefix
+    ) as child:
         child.order(source, endpoint=endpoint, offline=offline)
         return child.outcome()

