@@ -98,9 +98,21 @@ def _serve(arguments: argparse.Namespace) -> None:
     asyncio.run(service.serve(settings, data_dir.resolve(), os.environ))
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Exits with 2 and the usage if it is wrong."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse before Python 3.13 does not take `run MODEL --option 1 PROMPT`: it hands PROMPT back.
+    if parsed.command == "run" and not any(word.startswith("-") for word in rest):
+        parsed.prompt += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return parsed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         if parsed.command == "serve":
             _serve(parsed)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,36 @@ def test_cancel(sdk: Sdk, hub: LocalHub, hub_daemon: RunningDaemon) -> None:
     assert sdk("model_specific_model_download_cancel", model.id).downloaded is True
 
 
+def test_a_cancel_that_comes_together_with_its_download(
+    sdk: Sdk, hub: LocalHub, hub_daemon: RunningDaemon
+) -> None:
+    """Two apps, or an impatient one: whichever is first, the model must not stay in between."""
+    model = sdk("models_create_new_model", seeded(unique=SOURCE))
+    with contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(contextlib.closing(HTTPConnection(*hub_daemon.host_port)))
+            for _ in range(2)
+        ]
+        for connection in connections:  # so that nothing is left to do but to send a request
+            connection.request("GET", "/.well-known/health")
+            connection.getresponse().read()
+        hub_daemon.process.suspend()
+        try:
+            connections[0].request("POST", f"/model/{model.id}/download")
+            connections[1].request("POST", f"/model/{model.id}/download/cancel")
+        finally:
+            hub_daemon.process.resume()
+        for connection in connections:
+            connection.sock.settimeout(WAIT_S)
+            assert connection.getresponse().status == 200
+    deadline = time.monotonic() + 10
+    while sdk.snapshot(model.id).downloading:
+        assert time.monotonic() < deadline, "it neither goes on nor ends"
+        time.sleep(0.05)
+    sdk("model_specific_model_download", model.id)
+    assert sdk.downloaded(model.id).downloaded
+
+
 def test_a_model_that_nobody_downloads_has_no_progress(sdk: Sdk) -> None:
     progress = sdk("model_specific_model_download_progress", SAMPLE)
     assert progress.status.value == "UNKNOWN"
@@ -463,14 +494,16 @@ def test_a_model_without_a_unique_name_gets_one(sdk: Sdk) -> None:
     assert sdk.snapshot(model.unique) == model
 
 
-@pytest.mark.parametrize("unique", ["../../etc/passwd", "a b", "-x", "hf:nothing", "a" * 300])
+@pytest.mark.parametrize("unique", ["../../etc/passwd", "a b", "-x", "hf:", "a" * 300])
 def test_a_unique_name_that_cannot_stand_in_a_path_is_refused(sdk: Sdk, unique: str) -> None:
     assert "unique name" in sdk.fails("models_create_new_model", seeded(unique=unique))
     assert [model.unique for model in sdk.all()] == [SAMPLE]
 
 
 @pytest.mark.parametrize("body", [None, {"name": 7}, {"name": "x", "type": "LARGE"}, []])
-def test_a_body_that_no_sdk_sends_is_refused(sdk: Sdk, hub_daemon: RunningDaemon, body: Any) -> None:
+def test_a_body_that_no_sdk_sends_is_refused(
+    sdk: Sdk, hub_daemon: RunningDaemon, body: Any
+) -> None:
     for path in ("/models/create", "/model/update"):
         status, headers, text = hub_daemon.request("POST", path, body)
         assert status == 500
@@ -588,6 +621,16 @@ def test_delete_cache_removes_the_files_of_any_model(sdk: Sdk, hub_daemon: Runni
 
     sdk("model_specific_model_download", custom.id)
     assert sdk.downloaded(custom.id).downloaded
+
+
+def test_what_was_deleted_is_not_said_to_be_downloaded(sdk: Sdk) -> None:
+    model = sdk("models_create_new_model", seeded(unique=SOURCE))
+    sdk("model_specific_model_download", model.id)
+    sdk.downloaded(model.id)
+    sdk("models_delete_specific_model_cache", model.id, ModelDeleteCacheInput())
+    progress = sdk("model_specific_model_download_progress", model.id)
+    assert progress.status.value != "COMPLETED"
+    assert not progress.percentage
 
 
 def test_delete_cache_unloads_first(sdk: Sdk, hub_daemon: RunningDaemon) -> None:

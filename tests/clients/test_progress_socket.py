@@ -348,6 +348,44 @@ async def test_a_download_that_fails_says_so_once(api: Api, hub: LocalHub) -> No
         assert (await api.snapshot(model_id)).downloaded
 
 
+async def test_deleting_a_model_ends_its_download_for_those_who_watch(
+    api: Api, hub: LocalHub
+) -> None:
+    model_id = await api.add()
+    hub.faults.stall_at = SIZE_BYTES // 2
+    async with api.progress(model_id) as socket:
+        await api.download(model_id)
+        assert await asyncio.to_thread(hub.stalled.wait, FRAME_S)
+        assert await api.status("POST", f"/models/{model_id}/delete") == 204
+        check_course(await socket.until_end(), "CANCELED")
+
+
+async def test_nobody_is_told_of_a_download_whose_files_are_deleted(api: Api) -> None:
+    """Nobody listened to the download; who opens a socket later must not take it for there."""
+    model_id = await api.add()
+    await api.download(model_id)
+    deadline = time.monotonic() + FRAME_S
+    while not (await api.snapshot(model_id)).downloaded:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    assert await api.status("POST", f"/models/{model_id}/delete/cache") == 200
+    async with api.progress(model_id) as socket:
+        await socket.stays_silent(0.5)
+
+
+async def test_downloads_that_wait_their_turn_can_be_cancelled(api: Api, hub: LocalHub) -> None:
+    hub.faults.stall_at = SIZE_BYTES // 2
+    ids = [await api.add(unique=f"tiny-{number}") for number in range(3)]
+    async with api.progress(ids[2]) as socket:
+        for model_id in ids:  # two at once is the default
+            await api.download(model_id)
+        assert await asyncio.to_thread(hub.stalled.wait, FRAME_S)
+        assert (await api.snapshot(ids[2])).downloading is True
+        assert (await api.cancel(ids[2])).downloading is False
+        check_course(await socket.until_end(), "CANCELED")
+        await socket.stays_silent(0.3)
+
+
 async def test_a_source_that_is_not_there_fails_too(api: Api, hub: LocalHub) -> None:
     model_id = await api.add("hf:owner/nowhere/none.gguf", "nowhere")
     async with api.progress(model_id) as socket:

@@ -1,0 +1,152 @@
+"""The client commands against a running daemon, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from gguf_files import Tensor, write_gguf
+from running import SAMPLE, run_command
+
+
+def tiny(path: Path) -> Path:
+    facts = {"general.architecture": "llama", "llama.context_length": 512}
+    return write_gguf(path, facts, [Tensor(dimensions=(32, 4))])
+
+
+def test_the_main_job_from_the_command_line(daemon):
+    pulled = daemon.command("pull", SAMPLE)
+    assert pulled.returncode == 0 and "is downloaded" in pulled.stdout
+    assert "100%" in pulled.stderr
+    listed = daemon.command("list").stdout
+    assert SAMPLE in listed and "yes" in listed and "93.8 MiB" in listed
+    loaded = daemon.command("load", SAMPLE)
+    assert "is loaded by" in loaded.stdout and "MiB of RAM" in loaded.stdout
+    shown = json.loads(daemon.command("ps", "--json").stdout)
+    (model,) = shown["models"]
+    assert model["state"] == "ready" and shown["memory"]["reserved_bytes"] > 0
+    assert "ready" in daemon.command("ps").stdout
+    question = ["run", SAMPLE, "--temperature", "0", "--max-tokens", "30"]
+    assert "Paris" in daemon.command(*question, "Where", "is", "the", "Eiffel", "Tower?").stdout
+    assert "Paris" in daemon.command(*question, input_text="Where is the Eiffel Tower?").stdout
+    assert daemon.command("unload", SAMPLE).returncode == 0
+    assert json.loads(daemon.command("ps", "--json").stdout)["models"] == []
+    assert "unloaded" in daemon.command("show", SAMPLE).stdout
+    assert daemon.command("rm", SAMPLE).returncode == 0
+    assert not daemon.model()["downloaded"]
+
+
+def test_run_downloads_a_model_that_is_not_there(daemon):
+    answer = daemon.command("run", SAMPLE, "--temperature", "0", "Where is the Eiffel Tower?")
+    assert answer.returncode == 0 and "Paris" in answer.stdout
+
+
+def test_backends_are_shown_with_versions(daemon):
+    shown = json.loads(daemon.command("backends", "--json").stdout)["backends"]
+    assert {probe["backend"] for probe in shown} >= {"xllamacpp", "llama_cpp"}
+    assert all(probe["available"] for probe in shown)
+    assert "xllamacpp" in daemon.command("backends").stdout
+
+
+def test_names_are_found_without_case_and_by_id(daemon):
+    model_id = daemon.model()["id"]
+    for name in (SAMPLE.upper(), model_id, model_id.upper()):
+        assert SAMPLE in daemon.command("show", name).stdout
+
+
+def test_importing_a_file(daemon, tmp_path):
+    path = tiny(tmp_path / "Some Model.gguf")
+    before = path.read_bytes()
+    assert daemon.command("import", str(path), "--name", "mine").returncode == 0
+    shown = json.loads(daemon.command("show", "mine", "--json").stdout)
+    assert shown["custom"] and shown["downloaded"] and shown["source"] == str(path)
+    assert path.read_bytes() == before
+    # without a name it is called after the file
+    assert daemon.command("import", str(path)).returncode == 0
+    assert daemon.command("show", "some-model").returncode == 0
+    # one name is one model
+    other = tiny(tmp_path / "other.gguf")
+    refused = daemon.command("import", str(other), "--name", "MINE")
+    assert refused.returncode == 1 and "another model already" in refused.stderr
+    # removing the model leaves the user's file alone
+    assert daemon.command("rm", "mine").returncode == 0
+    assert daemon.command("rm", "some-model").returncode == 0
+    assert path.read_bytes() == before
+    assert list((daemon.data_dir / "store" / "blobs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04 this is a zip file" * 100, "is not a GGUF file"),
+        (b"", "is empty"),
+        (None, "is truncated"),
+    ],
+)
+def test_a_file_that_is_no_model_is_refused_and_nothing_is_lost(daemon, tmp_path, content, words):
+    path = tmp_path / "broken.gguf"
+    if content is None:
+        whole = tiny(tmp_path / "whole.gguf").read_bytes()
+        content = whole[: len(whole) - 100]
+    path.write_bytes(content)
+    refused = daemon.command("import", str(path), "--name", "broken")
+    assert refused.returncode == 1 and words in refused.stderr, refused.stderr
+    assert "broken.gguf" in refused.stderr and "Traceback" not in refused.stderr
+    assert path.read_bytes() == content
+    assert "broken" not in daemon.command("list").stdout
+    assert list((daemon.data_dir / "store" / "blobs").iterdir()) == []
+
+
+def test_a_model_whose_file_was_cut_short_later_is_not_loaded(daemon, tmp_path):
+    path = tiny(tmp_path / "model.gguf")
+    daemon.command("import", str(path), "--name", "mine")
+    with path.open("r+b") as file:
+        file.truncate(100)
+    refused = daemon.command("load", "mine")
+    assert refused.returncode == 1 and "was changed after it was verified" in refused.stderr
+
+
+def test_what_goes_wrong_is_said_in_one_line(daemon):
+    for arguments, words in (
+        (("show", "nobody"), "no model has the id or name 'nobody'"),
+        (("load", SAMPLE), f"is not downloaded: run `modeld pull {SAMPLE}`"),
+        (("pull", "nobody"), "no model has the id or name"),
+        (("pull", "hf:only-one-part"), "no model has the id or name"),
+        (("import", "/no/such/file"), "there is no file /no/such/file"),
+    ):
+        refused = daemon.command(*arguments)
+        assert refused.returncode == 1, arguments
+        assert words in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_remedy(start_daemon, tmp_path):
+    """llama_cpp shadowed by a module that can't be imported, as where it is not installed."""
+    shadow = tmp_path / "shadow"
+    shadow.mkdir()
+    (shadow / "llama_cpp.py").write_text("raise ModuleNotFoundError('No module llama_cpp')\n")
+    daemon = start_daemon(MODELD_MODELS_BACKEND="llama_cpp", PYTHONPATH=str(shadow))
+    daemon.download()
+    refused = daemon.command("load", SAMPLE)
+    assert refused.returncode == 1
+    assert "pip install 'modeld[llama-cpp]'" in refused.stderr
+    status, _, text = daemon.request("POST", f"/modeld/v1/models/{SAMPLE}/load")
+    assert status == 501 and "backend_unavailable" in text
+    assert "pip install" in daemon.command("backends").stdout
+
+
+def test_no_daemon_says_how_to_start_one(tmp_path):
+    from running import environment
+
+    settings = environment(tmp_path, MODELD_HOST="127.0.0.1:1")
+    refused = run_command("list", environment=settings)
+    assert refused.returncode == 3
+    assert "modeld serve" in refused.stderr and "127.0.0.1:1" in refused.stderr
+
+
+def test_wrong_usage_is_status_2(tmp_path):
+    from running import environment
+
+    assert run_command("fly", environment=environment(tmp_path)).returncode == 2
+    assert run_command(environment=environment(tmp_path)).returncode == 2
+    assert run_command("--version", environment=environment(tmp_path)).stdout.startswith("modeld ")
