@@ -89,12 +89,8 @@ def parse(text: str) -> Source:
 
 
 def is_source(text: str) -> bool:
-    """Say whether `text` parses as a source."""
-    try:
-        parse(text)
-    except InvalidRequest:
-        return False
-    return True
+    """Say whether `text` means a source, well-formed or not, rather than a unique name."""
+    return text.startswith(("hf:", "https://", "http://", "package:", "/"))
 
 
 def name_for(source: Source) -> str:

