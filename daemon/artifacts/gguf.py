@@ -24,10 +24,11 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from backends import contract
 from daemon.artifacts import InvalidModelFile
+from daemon.artifacts.cursor import Cursor
 from daemon.artifacts.ggml_types import (
     ARRAY_TYPE,
     FILE_TYPES,
@@ -38,10 +39,8 @@ from daemon.artifacts.ggml_types import (
     TensorType,
 )
 
-MAX_HEADER_BYTES = 512 * 1024 * 1024
 MAX_KEYS = 4096
 MAX_TENSORS = 65_536
-MAX_NAME_BYTES = 256  # of a metadata key or a tensor; engines stop at 64
 MAX_STRING_CHARS = 256  # of a string in `GgufHeader.metadata`
 MAX_LIST = 1024  # elements of a list in `GgufHeader.metadata`
 MAX_LIST_VALUES = 65_536  # elements of all those lists together
@@ -51,12 +50,10 @@ MAX_DIMENSIONS = 4
 MIN_ALIGNMENT = 8  # the format asks for a multiple of 8, engines for a power of 2
 MAX_ALIGNMENT = 1024 * 1024
 
-_CHUNK_BYTES = 256 * 1024
 _INT64_MAX = 2**63 - 1  # engines compute sizes and offsets as signed 64-bit numbers
 _CONTEXT_MAX = 2**31 - 1
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHAT_TEMPLATE = "tokenizer.chat_template"
-_U64 = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,90 +91,10 @@ class _Tensor(NamedTuple):
     offset: int
 
 
-class _Cursor:
-    """A position in the header that stays inside the file and below MAX_HEADER_BYTES.
-
-    Reads chunks instead of mapping the file: whoever cuts a mapped file short kills its readers
-    (SIGBUS), and this runs in the daemon.
-    """
-
-    def __init__(self, descriptor: int, name: str, size: int) -> None:
-        self.name = name
-        self.size = size
-        self._descriptor = descriptor
-        self._chunk = b""
-        self._start = 0  # where in the file the chunk begins
-        self._at = 0  # the position, relative to the chunk; may lie beyond it
-
-    @property
-    def position(self) -> int:
-        return self._start + self._at
-
-    def fail(self, problem: str) -> NoReturn:
-        raise InvalidModelFile(f"{self.name} {problem}")
-
-    def take(self, count: int) -> bytes:
-        """Return the next `count` bytes. The caller has bounded `count`."""
-        self._fill(count)
-        self._at += count
-        return self._chunk[self._at - count : self._at]
-
-    def skip(self, count: int) -> None:
-        self._check(count)
-        self._at += count
-
-    def u32(self) -> int:
-        return int.from_bytes(self.take(4), "little")
-
-    def u64(self) -> int:
-        return int.from_bytes(self.take(8), "little")
-
-    def name_string(self, what: str) -> str:
-        """Return a string that names something; messages call it `what`."""
-        length = self.u64()
-        if not 0 < length <= MAX_NAME_BYTES:
-            self.fail(f"is damaged: {what} is {length} bytes long, not 1 to {MAX_NAME_BYTES}")
-        raw = self.take(length)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            self.fail(f"is damaged: {what}, {raw!r}, is not UTF-8 text")
-
-    def skip_strings(self, count: int) -> None:
-        """Pass `count` strings. This loop takes most of the time of reading a header."""
-        while count:
-            self._fill(_U64.size)
-            chunk, at = self._chunk, self._at
-            last = len(chunk) - _U64.size
-            while at <= last and count:
-                at += _U64.size + _U64.unpack_from(chunk, at)[0]
-                count -= 1
-            self._at = at
-        self._check(0)
-
-    def _check(self, count: int) -> None:
-        end = self.position + count
-        if end > MAX_HEADER_BYTES:
-            self.fail(f"is damaged: its header would be longer than {MAX_HEADER_BYTES} bytes")
-        if end > self.size:
-            self.truncated(f"at least {end}")
-
-    def truncated(self, needed: object) -> NoReturn:
-        self.fail(f"is truncated: its header describes {needed} bytes, the file has {self.size}")
-
-    def _fill(self, count: int) -> None:
-        self._check(count)
-        if self._at + count > len(self._chunk):
-            self._start, self._at = self.position, 0
-            self._chunk = os.pread(self._descriptor, max(count, _CHUNK_BYTES), self._start)
-            if len(self._chunk) < count:
-                self.fail("has become shorter while it was read")
-
-
 class _Metadata:
     """Reads the metadata entries. In `values` None stands for one that is not kept."""
 
-    def __init__(self, cursor: _Cursor) -> None:
+    def __init__(self, cursor: Cursor) -> None:
         self.values: dict[str, Any] = {}
         self._cursor = cursor
         self._list_values = 0
@@ -259,7 +176,7 @@ def read(path: Path | str) -> GgufHeader:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InvalidModelFile(f"{name} is not a regular file")
-            return _read_header(_Cursor(file.fileno(), name, status.st_size))
+            return _read_header(Cursor(file.fileno(), name, status.st_size))
     except OSError as error:
         raise InvalidModelFile(f"{name} cannot be read: {error.strerror or error}") from error
 
@@ -284,7 +201,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _read_header(cursor: _Cursor) -> GgufHeader:
+def _read_header(cursor: Cursor) -> GgufHeader:
     version = _read_version(cursor)
     tensor_count = cursor.u64()
     key_count = cursor.u64()
@@ -313,7 +230,7 @@ def _read_header(cursor: _Cursor) -> GgufHeader:
     )
 
 
-def _read_version(cursor: _Cursor) -> int:
+def _read_version(cursor: Cursor) -> int:
     if cursor.size == 0:
         cursor.fail("is not a GGUF file: it is empty")
     magic = cursor.take(min(4, cursor.size))
@@ -328,7 +245,7 @@ def _read_version(cursor: _Cursor) -> int:
     cursor.fail(f"is a GGUF file of version {version}: only versions 2 and 3 can be read")
 
 
-def _read_tensors(cursor: _Cursor, count: int) -> list[_Tensor]:
+def _read_tensors(cursor: Cursor, count: int) -> list[_Tensor]:
     tensors: dict[str, _Tensor] = {}
     for number in range(1, count + 1):
         name = cursor.name_string(f"the name of tensor {number}")
@@ -338,7 +255,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> list[_Tensor]:
     return list(tensors.values())
 
 
-def _read_tensor(cursor: _Cursor, name: str) -> _Tensor:
+def _read_tensor(cursor: Cursor, name: str) -> _Tensor:
     dimension_count = cursor.u32()
     if dimension_count > MAX_DIMENSIONS:
         cursor.fail(f"is damaged: tensor {name!r} has {dimension_count} dimensions")
@@ -360,7 +277,7 @@ def _read_tensor(cursor: _Cursor, name: str) -> _Tensor:
     return _Tensor(name, kind, elements, elements // kind.block * kind.bytes, cursor.u64())
 
 
-def _check_tensor_data(cursor: _Cursor, tensors: list[_Tensor], alignment: int) -> None:
+def _check_tensor_data(cursor: Cursor, tensors: list[_Tensor], alignment: int) -> None:
     """Check that the tensors' data lies in the file, after the header, one beside the other."""
     if not tensors:
         return
@@ -378,7 +295,7 @@ def _check_tensor_data(cursor: _Cursor, tensors: list[_Tensor], alignment: int) 
         cursor.truncated(data_start + end)
 
 
-def _architecture(cursor: _Cursor, values: dict[str, Any]) -> str:
+def _architecture(cursor: Cursor, values: dict[str, Any]) -> str:
     architecture = values.get("general.architecture")
     if architecture is None:
         cursor.fail("does not say which architecture it is for (general.architecture)")
@@ -387,14 +304,14 @@ def _architecture(cursor: _Cursor, values: dict[str, Any]) -> str:
     return architecture
 
 
-def _alignment(cursor: _Cursor, values: dict[str, Any]) -> int:
+def _alignment(cursor: Cursor, values: dict[str, Any]) -> int:
     alignment = _integer(cursor, values, "general.alignment", 32, MAX_ALIGNMENT)
     if alignment < MIN_ALIGNMENT or alignment.bit_count() != 1:
         cursor.fail(f"is damaged: its general.alignment is {alignment}")
     return alignment
 
 
-def _integer(cursor: _Cursor, values: dict[str, Any], key: str, default: int, highest: int) -> int:
+def _integer(cursor: Cursor, values: dict[str, Any], key: str, default: int, highest: int) -> int:
     value = values.get(key, default)
     if type(value) is not int or not 0 <= value <= highest:  # a bool is not a number here
         cursor.fail(f"is damaged: its {key} is {value!r}")

@@ -32,12 +32,11 @@ CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 _NAMESPACE = uuid.UUID("6d0de1d0-5b1c-4f0a-9a53-6d6f64656c64")
 
 
-
 class Listener(Protocol):
     """What is called after a change of a model."""
 
-    def __call__(self, model_id: str, *, deleted: bool) -> None: ...
-
+    def __call__(self, model_id: str, *, deleted: bool) -> None:
+        """Take note; must not raise."""
 
 
 def now() -> str:

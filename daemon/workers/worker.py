@@ -81,9 +81,9 @@ class Worker:
     async def load(
         self, spec: contract.LoadSpec, *, timeout_s: float, progress: Callable[[float], None]
     ) -> contract.LoadedModel:
-        """Load the model. Raises LoadFailed, LoadTimeout, WorkerCrashed, or Conflict if it was stopped.
+        """Load the model.
 
-        The caller stops a worker that did not load.
+        Raises LoadFailed, LoadTimeout, WorkerCrashed, and Conflict if it was stopped. The caller stops a worker that did not load.
         """
         self._progress = progress
         self._child.send(wire.Load(spec=spec))

@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backends import contract
-from daemon.artifacts import InvalidModelFile, gguf
+from daemon.artifacts import InvalidModelFile, cursor, gguf
 from daemon.artifacts.ggml_types import FILE_TYPES, REMOVED_TENSOR_TYPES, TENSOR_TYPES
 
 TYPICAL: dict[str, Any] = {
@@ -417,7 +417,7 @@ class TestDamagedMetadata:
         assert problem(path) == "is damaged: its header would be longer than 536870912 bytes"
 
     def test_a_header_over_the_limit(self, path: Path) -> None:
-        length = gguf.MAX_HEADER_BYTES
+        length = cursor.MAX_HEADER_BYTES
         write_gguf(path, with_value("numbers", array(UINT8, length)))
         os.truncate(path, 2 * length)  # sparse: takes no disk
 
