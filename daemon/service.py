@@ -130,9 +130,9 @@ async def running_services(
                 stopping=asyncio.Event(),
             )
         finally:
+            await probers.close()  # first, since a load may wait for a probe
             await downloads.close()
             await models.close()
-            await probers.close()
     finally:
         catalog.close()
 

@@ -164,8 +164,6 @@ def fetch(
     prefix: Sequence[str] = (),
 ) -> Outcome:
     """Run one download to its end."""
-    with Fetcher(
-        places, environment=environment, arguments=arguments, prefix=prefix
-    ) as child:
+    with Fetcher(places, environment=environment, arguments=arguments, prefix=prefix) as child:
         child.order(source, endpoint=endpoint, offline=offline)
         return child.outcome()

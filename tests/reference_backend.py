@@ -96,9 +96,7 @@ class ReferenceBackend:
         if order == "!crash":
             os.kill(os.getpid(), signal.SIGKILL)
         whole = sent == len(words)
-        return Done(
-            finish_reason="stop" if whole else "length", usage=self._usage(request, sent)
-        )
+        return Done(finish_reason="stop" if whole else "length", usage=self._usage(request, sent))
 
     @staticmethod
     def _usage(request: ChatRequest, sent: int) -> Usage:

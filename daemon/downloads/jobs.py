@@ -208,7 +208,7 @@ class Downloads:
             log.exception("model=%s download failed", job.unique)
             self._end(job, JobState.FAILED, error=str(error), code="download_failed")
         finally:
-            self._store.drop_partial(job.model_id)
+            await asyncio.to_thread(self._store.drop_partial, job.model_id)
 
     async def _fetch(self, job: Job, record: ModelRecord) -> None:
         """Run a fetcher to its end and take over what it brought."""

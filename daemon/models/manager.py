@@ -94,6 +94,9 @@ class ModelManager:
                 await self._settled(resident.unload_task)
             else:
                 if resident.state is not ModelState.LOADING:
+                    # All before the task begins: an unload may come first.
+                    resident.unload_wanted.clear()
+                    resident.progress = 0.0
                     self._set_state(resident, ModelState.LOADING)
                     resident.load_task = self._task(self._load(resident))
                 load_task = resident.load_task
@@ -105,13 +108,11 @@ class ModelManager:
             await asyncio.wait([task])
 
     async def _load(self, resident: Resident) -> None:
-        resident.unload_wanted = False
-        resident.progress = 0.0
         try:
             instance = await self._loaded_instance(resident)
         except ModeldError as error:
             resident.loading_worker = None
-            if resident.unload_wanted:
+            if resident.unload_wanted.is_set():
                 self._set_state(resident, ModelState.UNLOADED)
                 raise Conflict(f"{resident.unique} was unloaded while it loaded") from error
             resident.last_error = error.message
@@ -135,14 +136,18 @@ class ModelManager:
         delay = crash_delay(resident.crashes, time.monotonic())
         if delay:
             log.warning("model=%s crashed often: loads again in %.1f s", resident.unique, delay)
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await resident.unload_wanted.wait()
+            if resident.unload_wanted.is_set():
+                raise Conflict(f"{resident.unique} was unloaded before it loaded")
 
         def chosen(backend: str, estimate: MemoryEstimate) -> None:
             resident.backend, resident.estimate_bytes = backend, estimate.total_bytes
 
         def started(worker: Worker) -> None:
             resident.loading_worker = worker
-            if resident.unload_wanted:
+            if resident.unload_wanted.is_set():
                 worker.kill("it was unloaded while it loaded")
 
         def progress(fraction: float) -> None:
@@ -151,7 +156,7 @@ class ModelManager:
         record = self._catalog.get(resident.model_id)
         watch = Watch(chosen=chosen, started=started, progress=progress)
         instance = await self._loader.load(record, watch)
-        if resident.unload_wanted:
+        if resident.unload_wanted.is_set():
             await self._loader.give_back(resident.model_id, instance, "it was unloaded")
             raise Conflict(f"{resident.unique} was unloaded while it loaded")
         return instance
@@ -248,7 +253,7 @@ class ModelManager:
         if resident is None:
             return
         if resident.state is ModelState.LOADING:
-            resident.unload_wanted = True
+            resident.unload_wanted.set()
             if resident.loading_worker is not None:
                 resident.loading_worker.kill("it was unloaded while it loaded")
             await self._settled(resident.load_task)
@@ -285,7 +290,7 @@ class ModelManager:
                 "is idle"
             )
         await self.unload(record.id)
-        self._store.drop_model(record.id)
+        await asyncio.to_thread(self._store.drop_model, record.id)  # gigabytes take their time
         self._catalog.update(record.id, artifact=None)
 
     def forget(self, model_id: str) -> None:

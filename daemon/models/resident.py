@@ -69,7 +69,7 @@ class Resident:
     unload_task: asyncio.Task[None] | None = None
     watch_task: asyncio.Task[None] | None = None
     loading_worker: Worker | None = None
-    unload_wanted: bool = False
+    unload_wanted: asyncio.Event = field(default_factory=asyncio.Event)
     crashes: deque[float] = field(default_factory=lambda: deque(maxlen=16))
 
 

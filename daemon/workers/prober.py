@@ -33,7 +33,13 @@ class Probers:
         tasks = {name: self._probes[name] for name in names}
         if tasks:
             await asyncio.wait(tasks.values())
-        return {name: task.result() for name, task in tasks.items()}
+        return {name: self._result(name, task) for name, task in tasks.items()}
+
+    @staticmethod
+    def _result(name: str, task: asyncio.Task[Probe]) -> Probe:
+        if task.cancelled():
+            return Probe(backend=name, available=False, reason="modeld is stopping")
+        return task.result()
 
     async def all(self) -> list[Probe]:
         """Return the probes of all backends, those that can't be imported included."""
@@ -46,11 +52,15 @@ class Probers:
 
     async def _probe(self, name: str) -> Probe:
         path = self._registry.paths[name]
-        child = await Child.start(
-            ["-m", "backends.prober", f"--backend={path}"],
-            union=wire.FromProber,
-            name=f"prober:{name}",
-        )
+        try:
+            child = await Child.start(
+                ["-m", "backends.prober", f"--backend={path}"],
+                union=wire.FromProber,
+                name=f"prober:{name}",
+            )
+        except OSError as error:
+            reason = f"its prober could not be started: {error.strerror}"
+            return Probe(backend=name, available=False, reason=reason)
         try:
             async with asyncio.timeout(_TIMEOUT_S):
                 async for message in child.messages():

@@ -83,7 +83,8 @@ class Worker:
     ) -> contract.LoadedModel:
         """Load the model.
 
-        Raises LoadFailed, LoadTimeout, WorkerCrashed, and Conflict if it was stopped. The caller stops a worker that did not load.
+        Raises LoadFailed, LoadTimeout, WorkerCrashed, and Conflict if the worker was stopped. The
+        caller stops a worker that did not load.
         """
         self._progress = progress
         self._child.send(wire.Load(spec=spec))

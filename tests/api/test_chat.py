@@ -120,9 +120,7 @@ async def test_many_requests_for_an_unloaded_model_load_it_once(client, add_mode
 
 async def test_a_waiter_that_leaves_does_not_end_the_load(client, add_model):
     await add_model("slowly", test_load="slow 0.5")
-    leaves = asyncio.create_task(
-        client.post("/v1/chat/completions", json=ask("x", model="slowly"))
-    )
+    leaves = asyncio.create_task(client.post("/v1/chat/completions", json=ask("x", model="slowly")))
     await asyncio.sleep(0.1)
     leaves.cancel()
     response = await client.post("/v1/chat/completions", json=ask("y", model="slowly"))
@@ -218,3 +216,28 @@ async def test_an_unknown_path_is_a_404_in_the_surface_s_form(client):
     assert "/v1/nothing" in (await response.json())["error"]["message"]
     response = await client.get("/v1/chat/completions")
     assert response.status == 405
+
+
+async def test_a_model_that_crashes_often_is_loaded_with_growing_delay(client, add_model):
+    """Two crashes are free; after the third within a minute the next load waits a second."""
+    await add_model()
+    for _ in range(3):
+        response = await client.post("/v1/chat/completions", json=ask("!crash 1"))
+        assert response.status == 502
+    clock = asyncio.get_running_loop().time
+    asked = clock()
+    response = await client.post("/v1/chat/completions", json=ask("hello"))
+    assert response.status == 200 and 0.5 < clock() - asked < 10
+
+
+async def test_an_unload_ends_the_wait_for_a_model_that_crashes_often(client, add_model):
+    await add_model()
+    for _ in range(5):
+        await client.post("/v1/chat/completions", json=ask("!crash 1"))
+    asking = asyncio.create_task(client.post("/v1/chat/completions", json=ask("hello")))
+    while (await (await client.get("/modeld/v1/models/tiny")).json())["state"] != "loading":
+        await asyncio.sleep(0.01)
+    asked = asyncio.get_running_loop().time()
+    await client.post("/modeld/v1/models/tiny/unload")
+    response = await asking
+    assert response.status == 409 and asyncio.get_running_loop().time() - asked < 2

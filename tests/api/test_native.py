@@ -66,7 +66,9 @@ async def test_adding_a_model_is_201_then_200_and_never_two(client, tmp_path):
     record = await first.json()
     assert record["unique"] == "some-model.q4_k_m" and record["custom"]
     assert (await again.json())["id"] == record["id"]
-    other = await client.post("/modeld/v1/models", json=body | {"source": "hf:other/repo/Some-Model.Q4_K_M.gguf"})
+    other = await client.post(
+        "/modeld/v1/models", json=body | {"source": "hf:other/repo/Some-Model.Q4_K_M.gguf"}
+    )
     assert other.status == 409 and (await other.json())["error"]["code"] == "conflict"
     named = await client.post("/modeld/v1/models", json=body | {"unique": "mine"})
     assert named.status == 201, "the same bytes may be there under several names"
@@ -146,7 +148,9 @@ async def test_a_busy_model_is_not_removed(client, add_model):
 async def test_a_full_queue_is_429_with_retry_after(client, add_model):
     await add_model()
     body = {"model": "tiny", "messages": [{"role": "user", "content": "!slow 100"}]}
-    running = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(5)]
+    running = [
+        asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(5)
+    ]
     while (await get(client, "/modeld/v1/models/tiny"))["waiting"] < 3:
         await asyncio.sleep(0.05)
     refused = await client.post("/v1/chat/completions", json=body)

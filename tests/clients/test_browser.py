@@ -283,14 +283,17 @@ def end(browser: subprocess.Popen[str]) -> None:
     """End a browser and the processes that it made."""
     family = []
     if browser.poll() is None:
-        process = psutil.Process(browser.pid)
-        family = [*process.children(recursive=True), process]
+        family = psutil.Process(browser.pid).children(recursive=True)
+        browser.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        browser.communicate(timeout=10)
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    browser.kill()
+    browser.communicate(timeout=10)
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
-    browser.communicate(timeout=10)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from typing import Self
 
 import psutil
 import pytest
@@ -54,7 +55,7 @@ class Stream:
                 self.connection.sock.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -84,7 +85,7 @@ def test_kill_9_of_a_worker_mid_stream(loaded, tmp_path):
         pid = loaded.model()["worker_pid"]
         os.kill(pid, signal.SIGKILL)
         killed = time.monotonic()
-        last = [line for line in lines][-1]
+        last = list(lines)[-1]
         assert time.monotonic() - killed < 1
     error = json.loads(last)["error"]
     assert error["code"] == "worker_crashed" and "SIGKILL" in error["message"]
@@ -96,9 +97,10 @@ def test_kill_9_of_a_worker_mid_stream(loaded, tmp_path):
     assert "failed" in listed.stdout and "crashed" in listed.stdout
     # other surfaces live on, and the next request loads the model again
     assert loaded.request("GET", "/health")[0] == 200
-    assert "Paris" in loaded.json("POST", "/v1/chat/completions", SHORT)["choices"][0]["message"][
-        "content"
-    ]
+    assert (
+        "Paris"
+        in loaded.json("POST", "/v1/chat/completions", SHORT)["choices"][0]["message"]["content"]
+    )
     again = loaded.model()
     assert again["state"] == "ready" and again["worker_pid"] != pid and not again["last_error"]
     loaded.json("POST", f"/modeld/v1/models/{SAMPLE}/unload")
@@ -118,7 +120,7 @@ def test_kill_9_of_a_worker_leaves_another_model_s_requests_alone(start_daemon, 
                 next(reading)
                 next(crashing)
             os.kill(daemon.model()["worker_pid"], signal.SIGKILL)
-            assert "worker_crashed" in [line for line in crashing][-1].decode()
+            assert "worker_crashed" in list(crashing)[-1].decode()
             for _ in range(20):
                 assert "error" not in json.loads(next(reading))
             reading.close()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from gguf_files import Tensor, write_gguf
+from hub import Faults, LocalHub
 from running import SAMPLE, run_command
 
 
@@ -156,3 +162,59 @@ def test_wrong_usage_is_status_2(tmp_path):
     assert run_command("fly", environment=environment(tmp_path)).returncode == 2
     assert run_command(environment=environment(tmp_path)).returncode == 2
     assert run_command("--version", environment=environment(tmp_path)).stdout.startswith("modeld ")
+
+
+def test_a_download_can_be_cancelled_from_another_terminal(start_daemon, tmp_path):
+    content = tiny(tmp_path / "model.gguf").read_bytes() + bytes(4_000_000)
+    with LocalHub() as hub:
+        hub.add("owner/repo", {"model.gguf": content})
+        hub.faults = Faults(rate_bytes_s=200_000)
+        daemon = start_daemon(HF_ENDPOINT=hub.url)
+        pulling = subprocess.Popen(
+            [sys.executable, "-m", "daemon", "pull", "hf:owner/repo/model.gguf"],
+            env=daemon.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            deadline = time.monotonic() + 30
+            while not any(j["done_bytes"] for j in downloads(daemon)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert daemon.command("cancel", "model").returncode == 0
+            _, said = pulling.communicate(timeout=20)
+        finally:
+            pulling.kill()
+        assert pulling.returncode == 1 and "was canceled" in said
+        assert downloads(daemon)[0]["state"] == "canceled"
+        assert list((daemon.data_dir / "store" / "partial").iterdir()) == []
+
+
+def downloads(daemon):
+    return daemon.json("GET", "/modeld/v1/downloads")["downloads"]
+
+
+def test_a_conversation_at_a_terminal(daemon):
+    """`modeld run MODEL` at a real terminal: questions, answers, Ctrl-D."""
+    daemon.download()
+    ours, theirs = pty.openpty()
+    talking = subprocess.Popen(
+        [sys.executable, "-m", "daemon", "run", SAMPLE, "--temperature", "0", "--max-tokens", "30"],
+        env=daemon.environment,
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    os.close(theirs)
+    try:
+        os.write(ours, b"Where is the Eiffel Tower?\n")
+        os.write(ours, b"And who built it?\n")
+        os.write(ours, b"\x04")
+        said, _ = talking.communicate(timeout=60)
+    finally:
+        talking.kill()
+        os.close(ours)
+    assert talking.returncode == 0
+    assert said.count(">>>") == 3 and "Paris" in said

@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def serve(home: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a daemon that is expected not to start."""
     return run_command(
-        "serve", "--data-dir", str(home / "modeld"), *arguments, environment=environment(home, **extra)
+        "serve",
+        "--data-dir",
+        str(home / "modeld"),
+        *arguments,
+        environment=environment(home, **extra),
     )
 
 
@@ -98,9 +102,7 @@ def test_it_serves_on_a_unix_socket_for_this_user_only(tmp_path, start_daemon):
     path = tmp_path / "m.sock"
     daemon = start_daemon("--listen", f"unix:{path}")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    listed = run_command(
-        "list", environment=daemon.environment | {"MODELD_HOST": f"unix:{path}"}
-    )
+    listed = run_command("list", environment=daemon.environment | {"MODELD_HOST": f"unix:{path}"})
     assert listed.returncode == 0 and SAMPLE in listed.stdout
     daemon.stop()
     assert not path.exists()
@@ -157,7 +159,10 @@ def test_systemd_accepts_the_unit(tmp_path):
     unit = tmp_path / "modeld.service"
     unit.write_text(text.replace("/opt/modeld/bin/modeld", program))
     checked = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     complaints = [line for line in checked.stderr.splitlines() if "modeld.service" in line]
     assert complaints == []
@@ -214,6 +219,7 @@ def test_the_daemon_never_imports_an_engine_numpy_or_the_hub(tmp_path):
         capture_output=True,
         text=True,
         timeout=100,
+        check=False,
     )
     assert watched.returncode == 0, watched.stderr
     seen = json.loads(watched.stdout)
@@ -231,4 +237,3 @@ def test_the_daemon_never_imports_an_engine_numpy_or_the_hub(tmp_path):
     for moment in ("idle", "used"):
         tops = {name.partition(".")[0] for name in seen[moment]}
         assert "daemon" in tops and not tops & heavy, tops & heavy
-
