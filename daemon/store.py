@@ -29,9 +29,10 @@ class Store:
         self.root = root
         for folder in _FOLDERS:
             (root / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        # No worker of an earlier daemon lives on, so nobody uses its scratch any more.
-        shutil.rmtree(root / "scratch", ignore_errors=True)
-        (root / "scratch").mkdir(mode=0o700)
+        # No child of an earlier daemon lives on, so nobody uses what it left here any more.
+        for folder in ("scratch", "partial"):
+            shutil.rmtree(root / folder, ignore_errors=True)
+            (root / folder).mkdir(mode=0o700)
 
     @property
     def blobs(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import signal
@@ -14,9 +15,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 
 SAMPLE = "smollm2:135m-instruct-q4_1"
 START_S = 20.0
+
+
+def needs_engine(module: str) -> None:
+    """Skip a test, by name, where an engine that is compiled for the machine is not there."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed (it needs a C++ compiler)")
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestClient
 from gguf_files import Tensor, write_gguf
+from pytest_aiohttp.plugin import AiohttpClient
 
 from backends.registry import Registry
 from daemon import service
@@ -28,15 +29,15 @@ def config() -> Config:
 
 
 @pytest.fixture
-async def client(tmp_path: Path, config: Config) -> AsyncIterator[Client]:
+async def client(
+    tmp_path: Path, config: Config, aiohttp_client: AiohttpClient
+) -> AsyncIterator[Client]:
     """A client of an application whose one backend is the reference backend."""
     registry = Registry({"reference": "reference_backend:ReferenceBackend"})
     data_dir = tmp_path / "modeld"
     data_dir.mkdir()
     async with service.running_services(config, data_dir, registry) as services:
-        server = TestServer(build(services))
-        client = TestClient(server)
-        await client.start_server()
+        client = await aiohttp_client(build(services))
         try:
             yield client
         finally:

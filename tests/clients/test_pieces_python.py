@@ -494,9 +494,22 @@ def test_a_model_without_a_unique_name_gets_one(sdk: Sdk) -> None:
     assert sdk.snapshot(model.unique) == model
 
 
-@pytest.mark.parametrize("unique", ["../../etc/passwd", "a b", "-x", "hf:a/b/../c", "a" * 300])
-def test_a_unique_name_that_cannot_stand_in_a_path_is_refused(sdk: Sdk, unique: str) -> None:
-    assert "unique name" in sdk.fails("models_create_new_model", seeded(unique=unique))
+@pytest.mark.parametrize(
+    ("unique", "problem"),
+    [
+        ("../../etc/passwd", "unique name"),
+        ("a b", "unique name"),
+        ("-x", "unique name"),
+        ("a" * 300, "unique name"),
+        ("hf:nothing", "source"),
+        ("hf:a/b/../c", "source"),
+        ("package:/x", "source"),
+    ],
+)
+def test_a_unique_name_that_is_neither_name_nor_source_is_refused(
+    sdk: Sdk, unique: str, problem: str
+) -> None:
+    assert problem in sdk.fails("models_create_new_model", seeded(unique=unique))
     assert [model.unique for model in sdk.all()] == [SAMPLE]
 
 

@@ -549,9 +549,7 @@ class ClientOf:
         self.HEALTH_WS_URL = f"{daemon.url.replace('http', 'ws', 1)}/.well-known/stream/health"
 
 
-def test_the_sockets_of_the_sdk_see_a_download_and_the_daemons_health(
-    daemon: RunningDaemon,
-) -> None:
+def test_the_sockets_of_the_sdk_see_a_download_and_the_daemons_end(daemon: RunningDaemon) -> None:
     told: queue.Queue[str] = queue.Queue()
     problems: queue.Queue[object] = queue.Queue()
     healthy: queue.Queue[str] = queue.Queue()
@@ -571,7 +569,12 @@ def test_the_sockets_of_the_sdk_see_a_download_and_the_daemons_health(
         check_course(frames, "COMPLETED")
         assert client.is_pos_stream_running
     finally:
-        progress.close()
-        health.close()
+        daemon.stop()
+        for opened in (progress, health):
+            opened.thread.join(FRAME_S)
+            assert not opened.thread.is_alive()
         BaseWebsocket.instances.clear()
+    assert not client.is_pos_stream_running, "the SDK did not notice that the daemon is gone"
+    assert client.port is None, "the SDK will not look for another one"
     assert problems.empty()
+    assert told.empty()

@@ -6,7 +6,7 @@ import json
 import threading
 
 import pytest
-from running import SAMPLE
+from running import SAMPLE, RunningDaemon, needs_engine
 
 EIFFEL = [{"role": "user", "content": "Where is the Eiffel Tower?"}]
 
@@ -14,8 +14,7 @@ EIFFEL = [{"role": "user", "content": "Where is the Eiffel Tower?"}]
 @pytest.fixture(scope="module", params=["xllamacpp", "llama_cpp"])
 def engine(request, tmp_path_factory):
     """A daemon that uses one engine only, with the sample model downloaded."""
-    from running import RunningDaemon
-
+    needs_engine(request.param)
     daemon = RunningDaemon(
         tmp_path_factory.mktemp(request.param), MODELD_MODELS_BACKEND=request.param
     )

@@ -10,11 +10,14 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Self
 
 import psutil
 import pytest
-from running import SAMPLE
+from gguf_files import Tensor, write_gguf
+from hub import Faults, LocalHub
+from running import SAMPLE, needs_engine
 
 LONG = {
     "model": SAMPLE,
@@ -149,6 +152,35 @@ def test_kill_9_of_the_daemon_leaves_no_child_and_loses_no_download(start_daemon
     assert "Paris" in answer["choices"][0]["message"]["content"]
 
 
+def test_kill_9_of_the_daemon_mid_download_leaves_nothing_that_looks_like_a_model(
+    start_daemon, tmp_path
+):
+    facts = {"general.architecture": "llama", "llama.context_length": 512}
+    content = write_gguf(tmp_path / "x.gguf", facts, [Tensor(dimensions=(1024, 1024))]).read_bytes()
+    with LocalHub() as hub:
+        hub.add("owner/repo", {"model.gguf": content})
+        hub.faults = Faults(rate_bytes_s=500_000)
+        daemon = start_daemon(HF_ENDPOINT=hub.url)
+        body = {"source": "hf:owner/repo/model.gguf", "unique": "mine"}
+        daemon.json("POST", "/modeld/v1/models", body)
+        daemon.json("POST", "/modeld/v1/models/mine/download")
+        jobs = "/modeld/v1/downloads"
+        wait_for(
+            lambda: daemon.json("GET", jobs)["downloads"][0]["done_bytes"] > 0, 30, "no byte came"
+        )
+        (fetcher,) = daemon.children()
+        daemon.kill()
+        wait_for(lambda: not running(fetcher), 1, "the fetcher outlived the daemon by a second")
+        daemon.start()
+        shown = daemon.model("mine")
+        assert not shown["downloaded"] and not shown["downloading"]
+        store = daemon.data_dir / "store"
+        assert [path for path in store.rglob("*") if path.is_file()] == []
+        hub.faults = Faults()
+        daemon.download("mine")
+        assert Path(daemon.model("mine")["files"][0]).read_bytes() == content
+
+
 def running(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -159,6 +191,7 @@ def running(process: psutil.Process) -> bool:
 @pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
 def test_a_client_that_leaves_a_long_prompt_frees_the_engine(start_daemon, engine):
     """1 s into a prompt of 3,000 tokens; with one slot, the next request has to wait for it."""
+    needs_engine(engine)
     loaded = start_daemon(MODELD_MODELS_BACKEND=engine, MODELD_MODELS_SLOTS="1")
     loaded.download()
     loaded.json("POST", f"/modeld/v1/models/{SAMPLE}/load")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pty
@@ -50,8 +51,11 @@ def test_run_downloads_a_model_that_is_not_there(daemon):
 
 def test_backends_are_shown_with_versions(daemon):
     shown = json.loads(daemon.command("backends", "--json").stdout)["backends"]
-    assert {probe["backend"] for probe in shown} >= {"xllamacpp", "llama_cpp"}
-    assert all(probe["available"] for probe in shown)
+    probes = {probe["backend"]: probe for probe in shown}
+    assert set(probes) >= {"xllamacpp", "llama_cpp"}
+    assert probes["xllamacpp"]["available"] and probes["xllamacpp"]["version"]
+    compiled = importlib.util.find_spec("llama_cpp") is not None
+    assert probes["llama_cpp"]["available"] == compiled
     assert "xllamacpp" in daemon.command("backends").stdout
 
 
