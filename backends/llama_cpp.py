@@ -129,7 +129,7 @@ class LlamaCpp:
                 verbose=True,  # to the log, where it explains a load that fails
             )
         except Exception as error:
-            raise BackendError("load_failed", f"llama-cpp-python: {error}") from error
+            raise BackendError("load_failed", str(error)) from error
         llama.verbose = False
         self._llama = llama
         if spec.artifact.chat_template:

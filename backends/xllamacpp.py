@@ -165,7 +165,7 @@ class Xllamacpp:
         try:
             self._server = xllamacpp.Server(params)
         except Exception as error:
-            raise BackendError("load_failed", f"xllamacpp: {error}") from error
+            raise BackendError("load_failed", str(error)) from error
         finally:
             Path(_SOCKET).unlink(missing_ok=True)  # nobody shall connect, not even the user
         return LoadedModel(

@@ -74,7 +74,7 @@ class Loader:
             except (LoadFailed, WorkerCrashed) as error:
                 log.warning("model=%s backend=%s %s", record.unique, candidate.backend, error)
                 failures.append(f"{candidate.backend}: {error.message}")
-        raise LoadFailed(f"{record.unique} could not be loaded. {' | '.join(failures)}")
+        raise LoadFailed(f"{record.unique} could not be loaded. {'; '.join(failures)}")
 
     async def _candidates(self, artifact: Artifact) -> list[Candidate]:
         """Return the backends that can run the model, the best first, or only the fixed one."""
@@ -126,11 +126,13 @@ class Loader:
             )
             instance = Instance(worker, loaded, scratch)
             measured = await self.measure(record.id, artifact, instance)
-        except BaseException:
+        except BaseException as error:
             if worker is not None:
                 await worker.stop("the load was given up")
             self._store.drop_scratch(scratch)
             self._ledger.release(record.id)
+            if isinstance(error, LoadFailed) and worker and (cause := worker.first_complaint()):
+                raise LoadFailed(f"{error.message} The engine said: {cause}") from error
             raise
         log.info(
             "model=%s backend=%s pid=%d estimate_bytes=%d measured_bytes=%d seconds=%.2f",

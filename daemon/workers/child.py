@@ -138,6 +138,11 @@ class Child:
         """Return the last line that the child printed, to explain how it ended."""
         return self.tail.rpartition("\n")[2]
 
+    def first_complaint(self) -> str:
+        """Return the first line that speaks of an error: engines print the cause before the rest."""
+        lines = self.tail.splitlines()
+        return next((line.strip() for line in lines if "error" in line.lower()), "")
+
     async def _drain(self, stream: asyncio.StreamReader) -> None:
         unfinished = b""
         while chunk := await stream.read(65536):

@@ -96,6 +96,10 @@ class Worker:
                 f"{self.name} was not loaded within {timeout_s:.0f} s ([models] load_timeout_s)"
             ) from None
 
+    def first_complaint(self) -> str:
+        """Return the first line of the engine's output that speaks of an error, once it is over."""
+        return self._child.first_complaint()
+
     def submit(self, request: contract.ChatRequest) -> tuple[int, Request]:
         """Send a request. The caller keeps within the model's slots."""
         request_id = next(self._ids)

@@ -117,6 +117,15 @@ def test_a_model_whose_file_was_cut_short_later_is_not_loaded(daemon, tmp_path):
     assert refused.returncode == 1 and "was changed after it was verified" in refused.stderr
 
 
+def test_a_model_that_the_engine_refuses_says_what_the_engine_said(daemon, tmp_path):
+    daemon.command("import", str(tiny(tmp_path / "tiny.gguf")))
+    refused = daemon.command("load", "tiny")
+    assert refused.returncode == 1
+    assert "key not found in model: llama.embedding_length" in refused.stderr
+    shown = daemon.command("ps").stdout
+    assert "failed" in shown and "llama.embedding_length" in shown
+
+
 def test_what_goes_wrong_is_said_in_one_line(daemon):
     for arguments, words in (
         (("show", "nobody"), "no model has the id or name 'nobody'"),
