@@ -69,6 +69,15 @@ def origin_allowed(origin: str | None, port: int | None, allowed_origins: Collec
     return own and parts.hostname is not None and is_loopback(parts.hostname)
 
 
+def fetch_allowed(site: str | None, mode: str | None) -> bool:
+    """Say whether a request without an Origin may pass, by its Sec-Fetch-Site and -Mode headers.
+
+    Browsers leave the Origin out of simple GETs, such as those of images and scripts, but say where
+    those come from. A user who follows a link to this daemon navigates, and may.
+    """
+    return site in (None, "none", "same-origin") or mode == "navigate"
+
+
 def _port(request: web.Request) -> int | None:
     """Return the TCP port that the request came in on; None for a unix socket."""
     address = request.transport.get_extra_info("sockname") if request.transport else None
@@ -95,6 +104,9 @@ def gate(allowed_hosts: Collection[str], allowed_origins: Collection[str]) -> Mi
                 f"pages of {origin!r} may not use this daemon; if they should, add that origin to "
                 "[server] allowed_origins"
             )
+        site, mode = request.headers.get("Sec-Fetch-Site"), request.headers.get("Sec-Fetch-Mode")
+        if origin is None and not fetch_allowed(site, mode):
+            raise Forbidden("pages of other sites may not use this daemon")
         is_preflight = hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
         if request.method == hdrs.METH_OPTIONS and origin and is_preflight:
             return _preflight(request)

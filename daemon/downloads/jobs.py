@@ -23,7 +23,7 @@ from daemon.errors import InvalidRequest
 from daemon.store import Store
 from daemon.workers.child import Child, describe_exit
 
-_TELL_FIRST_WITHIN_S = 30.0
+_TELL_LATECOMERS_S = 30.0
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +52,10 @@ class Update:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One download of one model. Times are in seconds since the epoch."""
+    """One download of one model. Times are in seconds since the epoch.
+
+    `owed` counts the clients that asked for it and have not opened a socket to hear of it since.
+    """
 
     model_id: str
     unique: str
@@ -63,7 +66,7 @@ class Job:
     error_code: str = ""
     started: float = field(default_factory=time.time)
     ended: float = 0.0
-    told: bool = False
+    owed: int = 0
     task: asyncio.Task[None] | None = None
 
     @property
@@ -139,6 +142,7 @@ class Downloads:
         """
         job = self._jobs.get(record.id)
         if job is not None and job.active:
+            job.owed += 1
             return job
         if not record.source and not record.downloaded:
             raise InvalidRequest(
@@ -146,7 +150,7 @@ class Downloads:
                 "as hf:owner/repo, as its unique name, or import its file with "
                 f"`modeld import PATH --name {record.unique}`"
             )
-        job = self._jobs[record.id] = Job(model_id=record.id, unique=record.unique)
+        job = self._jobs[record.id] = Job(model_id=record.id, unique=record.unique, owed=1)
         self._tell(job, initial=True)
         if record.downloaded:
             self._end(job, JobState.COMPLETED)
@@ -161,6 +165,12 @@ class Downloads:
         if job is not None and job.task is not None and job.active:
             job.task.cancel()
             await asyncio.wait([job.task])
+            if job.active:  # it was ended before its first step, and could not say so itself
+                self._end(job, JobState.CANCELED)
+
+    def forget(self, model_id: str) -> None:
+        """Drop what is known of a model's last download, whose files are gone."""
+        self._jobs.pop(model_id, None)
 
     async def close(self) -> None:
         """End all downloads."""
@@ -170,26 +180,27 @@ class Downloads:
     def watch(self, model_id: str) -> Iterator[Watcher]:
         """Hear of this model's downloads, from the present state on.
 
-        A download that ended just now without anyone hearing of it is told to the first who asks:
-        clients open their socket after they started the download.
+        Clients open their socket after they asked for the download; one that is quick has ended by
+        then, so its end is told to as many latecomers as there were clients that asked.
         """
         watcher = Watcher()
         self._watchers.setdefault(model_id, []).append(watcher)
         job = self._jobs.get(model_id)
-        if job is not None and job.active:
-            watcher.tell(Update(state=job.state, percentage=job.percentage))
-        elif job is not None and not job.told and time.time() - job.ended < _TELL_FIRST_WITHIN_S:
-            job.told = True
+        if job is not None and (job.active or self._is_owed(job)):
+            job.owed = max(0, job.owed - 1)
             watcher.tell(Update(state=job.state, percentage=job.percentage))
         try:
             yield watcher
         finally:
             self._watchers[model_id].remove(watcher)
 
+    @staticmethod
+    def _is_owed(job: Job) -> bool:
+        return job.owed > 0 and time.time() - job.ended < _TELL_LATECOMERS_S
+
     def _tell(self, job: Job, *, initial: bool = False) -> None:
         for watcher in self._watchers.get(job.model_id, ()):
             watcher.tell(Update(state=job.state, percentage=job.percentage, initial=initial))
-            job.told = job.told or not job.active
 
     def _end(self, job: Job, state: JobState, *, error: str = "", code: str = "") -> None:
         job.state, job.error, job.error_code, job.ended = state, error, code, time.time()

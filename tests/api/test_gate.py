@@ -31,6 +31,8 @@ async def test_a_foreign_host_or_origin_is_refused_everywhere(client, method, pa
         {"Origin": "null"},
         {"Origin": "http://localhost:1"},
         {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
     ):
         response = await client.request(method, path, headers=headers)
         assert response.status == 403, headers
@@ -80,6 +82,11 @@ async def test_our_own_pages_and_desktop_apps_may_pass_and_read(client):
         assert preflight.status == 204
         assert preflight.headers["Access-Control-Allow-Headers"] == "content-type"
         assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+
+
+async def test_a_link_that_the_user_follows_may_pass(client):
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert (await client.get("/health", headers=headers)).status == 200
 
 
 async def test_no_origin_is_no_browser(client):

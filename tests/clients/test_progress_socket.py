@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import queue
 import time
@@ -568,6 +569,8 @@ class ClientOf:
         self.HEALTH_WS_URL = f"{daemon.url.replace('http', 'ws', 1)}/.well-known/stream/health"
 
 
+# The library forgets its end of a connection that the daemon closed.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 def test_the_sockets_of_the_sdk_see_a_download_and_the_daemons_end(daemon: RunningDaemon) -> None:
     told: queue.Queue[str] = queue.Queue()
     problems: queue.Queue[object] = queue.Queue()
@@ -594,4 +597,5 @@ def test_the_sockets_of_the_sdk_see_a_download_and_the_daemons_end(daemon: Runni
             opened.thread.join(FRAME_S)
             assert not opened.thread.is_alive()
         BaseWebsocket.instances.clear()
+        gc.collect()
     assert told.empty()

@@ -6,12 +6,12 @@ import uuid
 
 from aiohttp import web
 
-from daemon.api.context import requested_model, services
+from daemon.api.context import Services, requested_model, services
 from daemon.api.errors import read_json
 from daemon.api.pieces.schema import ModelBody, model_view
 from daemon.catalog.database import check_unique, now
 from daemon.catalog.record import ModelRecord
-from daemon.errors import InvalidRequest, ModelNotFound
+from daemon.errors import Conflict, InvalidRequest, ModelNotFound
 
 
 def routes() -> list[web.RouteDef]:
@@ -60,6 +60,8 @@ async def create(request: web.Request) -> web.Response:
     body.check()
     unique, source = body.name_and_source()
     known = parts.catalog.find(check_unique(unique))
+    if known is not None and source and known.source != source:
+        known = _give_source(parts, known, source)
     if known is None:
         known = parts.catalog.add(
             ModelRecord(
@@ -72,6 +74,17 @@ async def create(request: web.Request) -> web.Response:
             )
         )
     return _answer(request, known.id)
+
+
+def _give_source(parts: Services, known: ModelRecord, source: str) -> ModelRecord:
+    """Return `known` with `source`, if it has waited for one. Raises Conflict otherwise."""
+    if known.custom and not known.source and not known.downloaded:
+        return parts.catalog.update(known.id, source=source)
+    raise Conflict(
+        f"{known.unique!r} is another model already, from {known.source or 'no source'}: give this "
+        "one a unique name of its own",
+        param="unique",
+    )
 
 
 async def update(request: web.Request) -> web.Response:

@@ -11,6 +11,8 @@ from aiohttp import WSMsgType, web
 from daemon.api.context import services
 
 _HEARTBEAT_S = 30.0
+# Some clients answer a close and then never end the connection; a stop must not wait for them.
+_CLOSE_S = 1.0
 
 
 def is_upgrade(request: web.Request) -> bool:
@@ -20,7 +22,7 @@ def is_upgrade(request: web.Request) -> bool:
 
 async def accept(request: web.Request) -> web.WebSocketResponse:
     """Accept the WebSocket. A client that stops answering pings is dropped."""
-    socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False)
+    socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, timeout=_CLOSE_S, compress=False)
     await socket.prepare(request)
     return socket
 
