@@ -23,6 +23,10 @@ QUESTION = "Where is the Eiffel Tower?"
 MIB = 1024 * 1024
 
 
+class DemoFailed(Exception):
+    """A step did not do what it should."""
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -44,7 +48,7 @@ async def wait_for_address(home: Path, process: subprocess.Popen[bytes]) -> str:
     file = home / "run" / "modeld" / "address"
     while not (file.is_file() and file.read_text(encoding="utf-8").endswith("\n")):
         if process.poll() is not None:
-            raise SystemExit(f"the daemon ended with status {process.returncode}")
+            raise DemoFailed(f"the daemon ended with status {process.returncode}")
         await asyncio.sleep(0.05)
     return file.read_text(encoding="utf-8").split("\n")[0]
 
@@ -60,7 +64,7 @@ async def download(session: aiohttp.ClientSession, model_id: str) -> None:
             if frame["status"] == "COMPLETED":
                 return
             if frame["status"] in ("FAILED", "CANCELED"):
-                raise SystemExit("the download did not complete")
+                raise DemoFailed("the download did not complete")
 
 
 async def ask(session: aiohttp.ClientSession) -> str:
@@ -108,9 +112,8 @@ async def tour(home: Path, process: subprocess.Popen[bytes]) -> None:
         async with session.post(f"/model/{model_id}/unload") as answer:
             answer.raise_for_status()
         after = show_memory("after", process.pid)
-        worked = "Paris" in text and loaded > before and after == before
-        if not worked:
-            raise SystemExit("the answer is wrong, or memory did not come back")
+        if "Paris" not in text or loaded <= before or after > before:
+            raise DemoFailed("the answer is wrong, or memory did not come back")
 
 
 def main() -> None:
@@ -127,9 +130,9 @@ def main() -> None:
         say("0. Start the daemon:")
         try:
             asyncio.run(asyncio.wait_for(tour(home, process), timeout=150))
-        except BaseException:
+        except (DemoFailed, OSError, TimeoutError, aiohttp.ClientError) as error:
             sys.stderr.write((home / "log").read_text(encoding="utf-8"))
-            raise
+            raise SystemExit(f"the demo failed: {error!r}") from error
         finally:
             process.terminate()
             status = process.wait(timeout=30)

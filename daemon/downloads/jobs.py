@@ -209,20 +209,29 @@ class Downloads:
         self._tell(job)
 
     async def _run(self, job: Job, record: ModelRecord) -> None:
+        last: messages.Fetched | wire.Error | None = None  # None: it was cancelled
         try:
             async with self._places:
                 job.state = JobState.RUNNING
-                await self._fetch(job, record)
+                last = await self._fetch(job, record)
         except asyncio.CancelledError:
-            self._end(job, JobState.CANCELED)
+            await asyncio.to_thread(self._store.drop_model, job.model_id)
         except Exception as error:  # whatever it was, the job must end and say so
             log.exception("model=%s download failed", job.unique)
-            self._end(job, JobState.FAILED, error=str(error), code="download_failed")
-        finally:
-            await asyncio.to_thread(self._store.drop_partial, job.model_id)
+            last = wire.Error(code="download_failed", message=str(error))
+        # Before the end is told: the next download of this model uses the same folder.
+        await asyncio.to_thread(self._store.drop_partial, job.model_id)
+        match last:
+            case messages.Fetched():
+                self._take_over(job, last)
+                self._end(job, JobState.COMPLETED)
+            case wire.Error():
+                self._end(job, JobState.FAILED, error=last.message, code=last.code)
+            case None:
+                self._end(job, JobState.CANCELED)
 
-    async def _fetch(self, job: Job, record: ModelRecord) -> None:
-        """Run a fetcher to its end and take over what it brought."""
+    async def _fetch(self, job: Job, record: ModelRecord) -> messages.Fetched | wire.Error:
+        """Run a fetcher to its end and return its last word."""
         child = await Child.start(
             ["-m", "daemon.downloads.fetcher"],
             union=messages.FromFetcher,
@@ -242,33 +251,24 @@ class Downloads:
                 )
             )
             async for message in child.messages():
-                if self._heard(job, message):
-                    return
+                match message:
+                    case messages.Fetched() | wire.Error():
+                        return message
+                    case messages.Progress():
+                        self._progress(job, message)
             status = await asyncio.shield(child.exited)
             words = f"its process ended with {describe_exit(status)}: {child.last_line()}"
-            self._end(job, JobState.FAILED, error=words, code="download_failed")
+            return wire.Error(code="download_failed", message=words)
         finally:
             child.kill()
             await asyncio.shield(child.exited)
 
-    def _heard(self, job: Job, message: object) -> bool:
-        """Act on what the fetcher said; return whether that was its last word."""
-        match message:
-            case messages.Progress():
-                job.done_bytes = max(job.done_bytes, message.done_bytes)
-                job.total_bytes = message.total_bytes
-                if message.verifying:
-                    job.state = JobState.VERIFYING
-                self._tell(job)
-                return False
-            case messages.Fetched():
-                self._take_over(job, message)
-                return True
-            case wire.Error():
-                self._end(job, JobState.FAILED, error=message.message, code=message.code)
-                return True
-            case _:
-                return False
+    def _progress(self, job: Job, message: messages.Progress) -> None:
+        job.done_bytes = max(job.done_bytes, message.done_bytes)
+        job.total_bytes = message.total_bytes
+        if message.verifying:
+            job.state = JobState.VERIFYING
+        self._tell(job)
 
     def _take_over(self, job: Job, message: messages.Fetched) -> None:
         artifact = message.artifact
@@ -282,4 +282,3 @@ class Downloads:
             quantization=artifact.quantization,
             context_length=artifact.context_length,
         )
-        self._end(job, JobState.COMPLETED)
