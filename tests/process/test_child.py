@@ -289,6 +289,7 @@ async def test_a_grandchild_does_not_outlive_a_kill(start):
 # starting
 
 
+@linux_only
 async def test_a_start_that_fails_leaves_nothing(start, tmp_path):
     before = open_descriptors()
     with pytest.raises(OSError):
