@@ -24,14 +24,22 @@ _MIN_BATCH, _MAX_BATCH = 16, 256
 
 def _per_layer(artifact: Artifact, key: str, default: int) -> list[int]:
     """Return a header value for each layer; a header may give one number for all of them."""
-    layers = _number(artifact, "block_count", 0)
     value = artifact.metadata.get(f"{artifact.architecture}.{key}", default)
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)] * layers
+    if isinstance(value, list):
+        return [_count(v, default) for v in value]
+    return [_count(value, default)] * _number(artifact, "block_count", 0)
 
 
 def _number(artifact: Artifact, key: str, default: int) -> int:
     value = artifact.metadata.get(f"{artifact.architecture}.{key}", default)
-    return int(max(value)) if isinstance(value, list) else int(value)
+    if isinstance(value, list):
+        return max((_count(v, default) for v in value), default=default)
+    return _count(value, default)
+
+
+def _count(value: object, default: int) -> int:
+    """Return a header's number if it can be one of layers, heads or elements: it is untrusted."""
+    return int(value) if isinstance(value, int | float) and value >= 0 else default
 
 
 def kv_bytes_per_token(artifact: Artifact) -> int:
@@ -87,7 +95,7 @@ def estimate(artifact: Artifact, options: LoadOptions, *, max_slots: int) -> Mem
     batch = prefill_batch(artifact, options.threads)
     embedding = _number(artifact, "embedding_length", 0)
     heads = _number(artifact, "attention.head_count", 1)
-    vocabulary = int(artifact.metadata.get("tokenizer.ggml.tokens.length", 0))
+    vocabulary = _count(artifact.metadata.get("tokenizer.ggml.tokens.length"), 0)
     # f32 logits and activations of one batch, and its attention scores over the context
     compute = 4 * batch * (vocabulary + 16 * embedding + heads * context_length)
     return MemoryEstimate(

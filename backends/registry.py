@@ -48,7 +48,7 @@ class Registry:
         for name, path in self.paths.items():
             try:
                 self.classes[name] = load_class(path)
-            except Exception as error:  # noqa: BLE001  a plugin may fail in any way it likes
+            except (Exception, SystemExit) as error:  # noqa: BLE001  plugins fail as they like
                 self.broken[name] = f"{path} cannot be imported: {type(error).__name__}: {error}"
 
     @classmethod

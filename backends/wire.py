@@ -144,5 +144,5 @@ class Decoder(Generic[M]):
         """Return the message in `line`. Raises ProtocolError."""
         try:
             return self._decoder.decode(line)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"{error}: {line[:200]!r}") from error

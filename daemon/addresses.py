@@ -192,6 +192,6 @@ def candidates(environment: Mapping[str, str]) -> Iterator[Address]:
     for file in (*files, Path("/run/modeld/address")):
         try:
             yield parse(file.read_text(encoding="utf-8").split("\n")[0])
-        except (OSError, ConfigError):
+        except (OSError, UnicodeDecodeError, ConfigError):
             continue
     yield from (TcpAddress("127.0.0.1", port) for port in PORTS)

@@ -81,6 +81,10 @@ def parse_size(value: int | str, key: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def _items(text: str) -> list[str]:
+    return [item for part in text.split(",") if (item := part.strip())]
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return the settings in variables named MODELD_<SECTION>_<KEY>. Raises ConfigError."""
     sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
@@ -94,7 +98,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, Any
         if key not in types:
             raise ConfigError(f"{variable}: there is no setting {key!r} in [{section}]")
         is_list = types[key] == tuple[str, ...]
-        found.setdefault(section, {})[key] = text.split(",") if is_list else text
+        found.setdefault(section, {})[key] = _items(text) if is_list else text
     if endpoint := environment.get("HF_ENDPOINT"):
         found.setdefault("downloads", {}).setdefault("hub_endpoint", endpoint)
     return found

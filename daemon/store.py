@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 from backends.contract import Artifact
@@ -27,6 +28,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._dropping = threading.Lock()
         for folder in _FOLDERS:
             (root / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         # No child of an earlier daemon lives on, so nobody uses what it left here any more.
@@ -67,12 +69,13 @@ class Store:
     def drop_model(self, model_id: str) -> None:
         """Remove a model's links, and every blob that no model links to any more."""
         links = self.model_dir(model_id)
-        inodes = [path.stat().st_ino for path in links.glob("*")] if links.is_dir() else []
-        shutil.rmtree(links, ignore_errors=True)
-        linked = {path.stat().st_ino for path in (self.root / "models").glob("*/*")}
-        for blob in self.blobs.iterdir():
-            if (inode := blob.stat().st_ino) in inodes and inode not in linked:
-                blob.unlink()
+        with self._dropping:
+            inodes = [path.stat().st_ino for path in links.glob("*")] if links.is_dir() else []
+            shutil.rmtree(links, ignore_errors=True)
+            linked = {path.stat().st_ino for path in (self.root / "models").glob("*/*")}
+            for blob in self.blobs.iterdir():
+                if (inode := blob.stat().st_ino) in inodes and inode not in linked:
+                    blob.unlink()
 
 
 def check_unchanged(artifact: Artifact) -> None:

@@ -60,7 +60,7 @@ class ReferenceBackend:
             raise BackendError("load_failed", "this model was made to fail")
         if order == "crash":
             print("about to crash", flush=True)
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)
         if order == "hang":
             time.sleep(3600)
         if order.startswith("slow"):
@@ -128,5 +128,5 @@ class CrashingProbe(ReferenceBackend):
 
     @classmethod
     def probe(cls) -> Probe:
-        os.kill(os.getpid(), signal.SIGSEGV)
+        signal.raise_signal(signal.SIGSEGV)
         raise AssertionError("not reached")

@@ -108,5 +108,5 @@ async def read_json(request: web.Request, type_: type[T], *, strict: bool = True
         return msgspec.json.decode(body, type=type_, strict=strict)
     except msgspec.ValidationError as error:
         raise validation_error(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error

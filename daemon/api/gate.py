@@ -47,7 +47,9 @@ def is_loopback(name: str) -> bool:
 def host_allowed(host: str | None, allowed_hosts: Collection[str]) -> bool:
     """Say whether a request with this Host header is meant for this daemon."""
     name = host_name(host) if host else None
-    return name is not None and (is_loopback(name) or name in allowed_hosts)
+    return name is not None and (
+        is_loopback(name) or name in {allowed.lower() for allowed in allowed_hosts}
+    )
 
 
 def origin_allowed(origin: str | None, port: int | None, allowed_origins: Collection[str]) -> bool:

@@ -45,15 +45,27 @@ def describe_exit(status: int) -> str:
     return f"killed by signal {-status}"
 
 
+async def _read_pipe(descriptor: int) -> tuple[asyncio.ReadTransport, asyncio.StreamReader]:
+    """Return a reader of the pipe, which now owns `descriptor`."""
+    stream = asyncio.StreamReader()
+    pipe = open(descriptor, "rb", buffering=0)  # noqa: ASYNC230, SIM115  it does not block
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), pipe
+    )
+    return transport, stream
+
+
 class Child:
     """A running child. Make one with `start`; whoever makes it must `stop` it or await `exited`."""
 
     def __init__(
         self,
+        *,
         process: asyncio.subprocess.Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         decoder: wire.Decoder[Any],
+        output: tuple[asyncio.ReadTransport, asyncio.StreamReader],
         name: str,
     ) -> None:
         self.name = name
@@ -63,11 +75,8 @@ class Child:
         self._writer = writer
         self._decoder = decoder
         self._tail = bytearray()
-        self._drains = [
-            asyncio.create_task(self._drain(stream))
-            for stream in (process.stdout, process.stderr)
-            if stream is not None
-        ]
+        self._output, stream = output
+        self._drained = asyncio.create_task(self._drain(stream))
         self.exited: asyncio.Task[int] = asyncio.create_task(self._reap())
 
     @classmethod
@@ -85,6 +94,7 @@ class Child:
         Raises OSError if the process cannot be started.
         """
         ours, theirs = socket.socketpair()
+        output, printed = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -93,8 +103,9 @@ class Child:
                 f"--channel-fd={theirs.fileno()}",
                 f"--parent-pid={os.getpid()}",
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
+                # With asyncio's own pipes an exit is seen only once all who hold them are gone.
+                stdout=printed,
+                stderr=printed,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
                 env=environment_without_secrets(os.environ) if environment is None else environment,
@@ -102,12 +113,27 @@ class Child:
             )
         except BaseException:
             ours.close()
+            os.close(output)
             raise
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
+            os.close(printed)
+        try:
+            reading = await _read_pipe(output)
+            reader, writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
+        except BaseException:
+            process.kill()
+            ours.close()
+            raise
         log.debug("child=%s pid=%d started", name, process.pid)
-        return cls(process, reader, writer, wire.Decoder(union), name)
+        return cls(
+            process=process,
+            reader=reader,
+            writer=writer,
+            decoder=wire.Decoder(union),
+            output=reading,
+            name=name,
+        )
 
     def send(self, message: msgspec.Struct) -> None:
         """Queue a message. One to a child that has gone is lost: `exited` tells."""
@@ -155,10 +181,12 @@ class Child:
 
     async def _reap(self) -> int:
         status = await self._process.wait()
-        # A grandchild may hold the pipes open; what the child itself printed is here by now.
-        await asyncio.wait(self._drains, timeout=0.5)
-        for drain in self._drains:
-            drain.cancel()
+        # A grandchild must neither live on nor hold the pipe open.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        await asyncio.wait([self._drained], timeout=0.5)
+        self._drained.cancel()
+        self._output.close()
         self._writer.close()
         log.debug("child=%s pid=%d ended: %s", self.name, self.pid, describe_exit(status))
         return status

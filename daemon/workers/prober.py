@@ -27,6 +27,7 @@ class Probers:
 
     async def ask(self, names: Iterable[str]) -> dict[str, Probe]:
         """Return the probes of these backends; those not known yet are asked side by side."""
+        names = list(names)
         for name in names:
             if name not in self._probes:
                 self._probes[name] = asyncio.create_task(self._probe(name))

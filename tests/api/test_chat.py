@@ -198,6 +198,9 @@ async def test_wrong_bodies_name_the_field(client, add_model):
         assert response.status == 400, fields
         assert error["param"] is not None and error["param"].startswith(param[:8]), error
         assert error["message"]
+    for nonsense in (b'{"model": ', b"[" * 100_000, b"\xff", b""):
+        response = await client.post("/v1/chat/completions", data=nonsense)
+        assert response.status == 400, nonsense[:10]
     response = await client.post("/v1/chat/completions", data=b'{"model": ')
     assert response.status == 400
     assert "not JSON" in (await response.json())["error"]["message"]
