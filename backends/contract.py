@@ -28,7 +28,7 @@ class ModelFile:
     """One file of a model on disk.
 
     `mtime_ns` and `size_bytes` are those seen when the file was verified: a file that differs from
-    them has been changed since, and is not loaded before its header is read again.
+    them has been changed since, and is not loaded.
     """
 
     path: str

@@ -6,7 +6,14 @@ specification (github.com/ggml-org/ggml, docs/gguf.md).
 
 from __future__ import annotations
 
-from backends.contract import Artifact, LoadOptions, MemoryEstimate, Task
+from backends.contract import (
+    Artifact,
+    BackendError,
+    ChatRequest,
+    LoadOptions,
+    MemoryEstimate,
+    Task,
+)
 
 MIB = 1024 * 1024
 DEFAULT_CONTEXT_LENGTH = 4096
@@ -19,15 +26,17 @@ _RUNTIME_BYTES = 40 * MIB  # interpreter, engine and its tables, measured with n
 # measured, and half a second is aimed at.
 _PREFILL_SECONDS = 0.5
 _FLOPS_PER_THREAD = 20e9
-_MIN_BATCH, _MAX_BATCH = 16, 256
+_MIN_BATCH = 4  # the default slots: an engine must be able to decode one token for each at a time
+MAX_BATCH = 256
+_MAX_CHARS_PER_TOKEN = 128  # of any real tokenizer; 64 were seen, for runs of spaces
 
 
-def _per_layer(artifact: Artifact, key: str, default: int) -> list[int]:
-    """Return a header value for each layer; a header may give one number for all of them."""
+def _over_layers(artifact: Artifact, key: str, default: int) -> int:
+    """Return a header value summed over the layers; a header may give one number for all."""
     value = artifact.metadata.get(f"{artifact.architecture}.{key}", default)
     if isinstance(value, list):
-        return [_count(v, default) for v in value]
-    return [_count(value, default)] * _number(artifact, "block_count", 0)
+        return sum(_count(v, default) for v in value)
+    return _count(value, default) * _number(artifact, "block_count", 0)
 
 
 def _number(artifact: Artifact, key: str, default: int) -> int:
@@ -51,18 +60,35 @@ def kv_bytes_per_token(artifact: Artifact) -> int:
     head_length = _number(artifact, "embedding_length", 0) // heads
     key = _number(artifact, "attention.key_length", head_length)
     value = _number(artifact, "attention.value_length", head_length)
-    kv_heads = sum(_per_layer(artifact, "attention.head_count_kv", heads))
+    kv_heads = _over_layers(artifact, "attention.head_count_kv", heads)
     return _KV_BYTES_PER_ELEMENT * kv_heads * (key + value)
 
 
 def prefill_batch(artifact: Artifact, threads: int) -> int:
-    """Return how many prompt tokens to read at a time, so that a batch takes at most 1 s."""
+    """Return how many prompt tokens to read at a time, so that a batch takes at most 1 s.
+
+    Never less than 4: a machine that needs a quarter of a second for one token takes longer.
+    """
     flops_per_token = 2 * max(1, artifact.parameters)
     tokens = _PREFILL_SECONDS * _FLOPS_PER_THREAD * max(1, threads) / flops_per_token
     batch = _MIN_BATCH
-    while batch * 2 <= min(tokens, _MAX_BATCH):
+    while batch * 2 <= min(tokens, MAX_BATCH):
         batch *= 2
     return batch
+
+
+def refuse_hopeless(request: ChatRequest, context_length: int) -> None:
+    """Raise BackendError for messages that are far too long, before they are tokenized.
+
+    Engines can't be interrupted while they tokenize, and take a hundred bytes a character for it.
+    """
+    size = sum(len(message["content"]) for message in request.messages)
+    if size > _MAX_CHARS_PER_TOKEN * context_length:
+        raise BackendError(
+            "context_length_exceeded",
+            f"the messages have {size} characters, which cannot fit a context_length of "
+            f"{context_length} tokens: shorten them or load the model with a larger context_length",
+        )
 
 
 def settle_context_length(artifact: Artifact, options: LoadOptions) -> int:
@@ -84,15 +110,18 @@ def settle_slots(artifact: Artifact, options: LoadOptions, context_length: int) 
     return next((n for n in _DEFAULT_SLOTS if n * slot_bytes <= bound), 1)
 
 
-def estimate(artifact: Artifact, options: LoadOptions, *, max_slots: int) -> MemoryEstimate:
+def estimate(
+    artifact: Artifact, options: LoadOptions, *, max_slots: int, batch: int
+) -> MemoryEstimate:
     """Return what a load by a llama.cpp engine needs, with every setting settled.
+
+    `batch` is how many prompt tokens the engine reads at a time.
 
     The weights are counted in full although they are mapped: pages that do not stay resident are
     read from disk again for each token, which is what freezes a machine.
     """
     context_length = settle_context_length(artifact, options)
     slots = min(max_slots, settle_slots(artifact, options, context_length))
-    batch = prefill_batch(artifact, options.threads)
     embedding = _number(artifact, "embedding_length", 0)
     heads = _number(artifact, "attention.head_count", 1)
     vocabulary = _count(artifact.metadata.get("tokenizer.ggml.tokens.length"), 0)

@@ -6,29 +6,54 @@ Detection never raises: what can't be read falls back to what the operating syst
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from backends.contract import Hardware
 
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-_CGROUP_USAGE = (
-    Path("/sys/fs/cgroup/memory.current"),
-    Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None  # not there, or "max"
 
 
-def _read_number(paths: tuple[Path, ...]) -> int | None:
-    for path in paths:
-        try:
-            return int(path.read_text(encoding="ascii"))
-        except (OSError, ValueError):
-            continue  # not there, or "max"
-    return None
+def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Yield the memory cgroups that this process is in, innermost first.
+
+    Each with the names of its limit and its usage, which differ between cgroup v1 and v2. In a
+    container the paths of /proc/self/cgroup may be the host's: then only the top one exists.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        inner = top / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            if group.is_relative_to(top):
+                yield (group, *names)
+
+
+def _inactive_file(group: Path) -> int:
+    """Return the bytes of page cache that the kernel would give up first."""
+    try:
+        text = (group / "memory.stat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    fields = dict(line.split(" ", 1) for line in text.splitlines())
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 
 
 def _cpu_model() -> str:
@@ -41,19 +66,24 @@ def _cpu_model() -> str:
     return "unknown CPU"
 
 
-def ram_bytes() -> int:
-    """Return the RAM that this process may ever use: physical, or its cgroup's limit if less."""
+def ram_bytes(root: Path = Path("/")) -> int:
+    """Return the RAM that this process may ever use: physical, or its cgroups' limit if less.
+
+    `root` is where /proc and /sys are.
+    """
     physical = int(psutil.virtual_memory().total)
-    return min(physical, _read_number(_CGROUP_LIMITS) or physical)
+    limits = [_number(group / limit) for group, limit, _ in _memory_groups(root)]
+    return min([physical, *(limit for limit in limits if limit is not None)])
 
 
-def available_bytes() -> int:
+def available_bytes(root: Path = Path("/")) -> int:
     """Return the RAM that could be used right now without pushing anything out."""
-    available = int(psutil.virtual_memory().available)
-    limit, used = _read_number(_CGROUP_LIMITS), _read_number(_CGROUP_USAGE)
-    if limit is None or used is None:
-        return available
-    return max(0, min(available, limit - used))
+    available = [int(psutil.virtual_memory().available)]
+    for group, limit_name, usage_name in _memory_groups(root):
+        limit, usage = _number(group / limit_name), _number(group / usage_name)
+        if limit is not None and usage is not None:
+            available.append(limit - (usage - _inactive_file(group)))
+    return max(0, min(available))
 
 
 def detect() -> Hardware:

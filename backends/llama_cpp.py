@@ -109,20 +109,19 @@ class LlamaCpp:
     @classmethod
     def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
         """See Backend.estimate."""
-        return gguf.estimate(artifact, options, max_slots=1)
+        return gguf.estimate(artifact, options, max_slots=1, batch=gguf.MAX_BATCH)
 
     def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
         """See Backend.load."""
         import llama_cpp
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        batch = gguf.prefill_batch(spec.artifact, spec.threads)
         try:
             llama = llama_cpp.Llama(
                 spec.artifact.path,
                 n_ctx=spec.context_length,
-                n_batch=batch,
-                n_ubatch=batch,
+                n_batch=gguf.MAX_BATCH,
+                n_ubatch=gguf.MAX_BATCH,
                 n_threads=spec.threads,
                 n_threads_batch=spec.threads,
                 n_gpu_layers=0,
@@ -155,6 +154,7 @@ class LlamaCpp:
         """Render and tokenize the messages. Raises BackendError for what does not fit."""
         if self._format is None:
             raise BackendError("invalid_request", "this model has no chat template")
+        gguf.refuse_hopeless(request, self._llama.n_ctx())
         try:
             rendered = self._format(messages=list(request.messages))
         except Exception as error:

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
 
 from backends import wire
-from backends.child import attach
+from backends.child import Channel, attach
 from backends.registry import load_class
+
+
+def _leave_with_parent(channel: Channel) -> None:
+    """End the process with its channel: an engine may hang while it is imported."""
+    for _ in channel.receive():
+        pass
+    os._exit(0)
 
 
 def main() -> None:
@@ -18,6 +26,7 @@ def main() -> None:
     channel, rest = attach(wire.Shutdown)
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", required=True)
+    threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
     channel.send(wire.Probed(probe=load_class(parser.parse_args(rest).backend).probe()))
     os._exit(0)
 

@@ -100,6 +100,7 @@ class Xllamacpp:
 
     def __init__(self) -> None:
         self._server: Any = None
+        self._context_length = 0
 
     @classmethod
     def probe(cls) -> Probe:
@@ -137,7 +138,12 @@ class Xllamacpp:
     @classmethod
     def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
         """See Backend.estimate."""
-        return gguf.estimate(artifact, options, max_slots=cls.max_slots)
+        return gguf.estimate(
+            artifact,
+            options,
+            max_slots=cls.max_slots,
+            batch=gguf.prefill_batch(artifact, options.threads),
+        )
 
     def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
         """See Backend.load."""
@@ -145,7 +151,7 @@ class Xllamacpp:
 
         params = xllamacpp.CommonParams()
         params.model.path = spec.artifact.path
-        batch = gguf.prefill_batch(spec.artifact, spec.threads)
+        batch = max(spec.slots, gguf.prefill_batch(spec.artifact, spec.threads))
         params.n_batch = params.n_ubatch = batch
         # The engine's own defaults would take the model's longest context, offload what fits, keep
         # a prompt cache of 8 GiB, and let one slot's overflow fail the others.
@@ -168,6 +174,7 @@ class Xllamacpp:
             raise BackendError("load_failed", str(error)) from error
         finally:
             Path(_SOCKET).unlink(missing_ok=True)  # nobody shall connect, not even the user
+        self._context_length = spec.context_length
         return LoadedModel(
             tasks=gguf.tasks(spec.artifact),
             slots=spec.slots,
@@ -181,6 +188,7 @@ class Xllamacpp:
         The engine calls back once a token and, since `return_progress` is set, once a batch of the
         prompt: those are the moments at which a cancelled request ends.
         """
+        gguf.refuse_hopeless(request, self._context_length)
         body = {
             "messages": list(request.messages),
             "stream": True,

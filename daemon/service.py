@@ -84,6 +84,13 @@ def notify_systemd(state: str, environment: Mapping[str, str]) -> None:
         notify.sendto(state.encode(), address)
 
 
+async def _end_work(probers: Probers, downloads: Downloads, models: ModelManager) -> None:
+    """End every child; whoever waits for one is told. May be called twice."""
+    await probers.close()  # first, since a load may wait for a probe
+    await downloads.close()
+    await models.close()
+
+
 @contextlib.asynccontextmanager
 async def running_services(
     config: Config, data_dir: Path, registry: Registry
@@ -96,6 +103,7 @@ async def running_services(
     try:
         catalog.seed(builtin())
         store = Store(data_dir / "store")
+        store.sweep({record.id for record in catalog.all() if record.downloaded})
         machine = hardware.detect()
         memory = config.memory
         ledger = Ledger(
@@ -130,9 +138,7 @@ async def running_services(
                 stopping=asyncio.Event(),
             )
         finally:
-            await probers.close()  # first, since a load may wait for a probe
-            await downloads.close()
-            await models.close()
+            await _end_work(probers, downloads, models)
     finally:
         catalog.close()
 
@@ -157,6 +163,8 @@ async def serve(config: Config, data_dir: Path, environment: Mapping[str, str]) 
                     await _until_told_to_stop()
                     notify_systemd("STOPPING=1", environment)
             finally:
+                # Work ends before the connections do, so that every client hears how it ended.
+                await _end_work(services.probers, services.downloads, services.models)
                 services.stopping.set()
                 await runner.cleanup()
     log.info("modeld stopped")

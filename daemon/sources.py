@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
 from daemon.errors import InvalidRequest
 
@@ -91,6 +92,14 @@ def parse(text: str) -> Source:
 def is_source(text: str) -> bool:
     """Say whether `text` means a source, well-formed or not, rather than a unique name."""
     return text.startswith(("hf:", "https://", "http://", "package:", "/"))
+
+
+def public(text: str) -> str:
+    """Return a source as it may be shown: without the user, password and query of an address."""
+    if not text.startswith(("https://", "http://")):
+        return text
+    parts = urlsplit(text)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def name_for(source: Source) -> str:

@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from backends.contract import Artifact
@@ -65,6 +66,19 @@ class Store:
     def drop_partial(self, model_id: str) -> None:
         """Remove what an unfinished download left."""
         shutil.rmtree(self.partial_dir(model_id), ignore_errors=True)
+
+    def sweep(self, downloaded: Collection[str]) -> None:
+        """Remove what a kill left behind: links of models not in `downloaded`, blobs without links.
+
+        Called before any child is started.
+        """
+        for links in (self.root / "models").iterdir():
+            if links.name not in downloaded:
+                shutil.rmtree(links, ignore_errors=True)
+        linked = {path.stat().st_ino for path in (self.root / "models").glob("*/*")}
+        for blob in self.blobs.iterdir():
+            if blob.stat().st_ino not in linked:
+                blob.unlink()
 
     def drop_model(self, model_id: str) -> None:
         """Remove a model's links, and every blob that no model links to any more."""

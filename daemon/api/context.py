@@ -37,9 +37,8 @@ class Services:
 
     async def delete_files(self, record: ModelRecord) -> None:
         """Remove what is on disk of a model: a download that goes on is cancelled first."""
-        await self.downloads.cancel(record.id)
-        await self.models.delete_files(record)
-        self.downloads.forget(record.id)
+        async with self.downloads.removing(record.id):
+            await self.models.delete_files(record)
 
     async def delete_model(self, record: ModelRecord) -> None:
         """Remove a model's files and its record."""

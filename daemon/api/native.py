@@ -15,7 +15,7 @@ from daemon.catalog.database import now
 from daemon.catalog.record import ModelRecord
 from daemon.downloads.jobs import Job
 from daemon.errors import Conflict
-from daemon.sources import name_for, parse
+from daemon.sources import name_for, parse, public
 
 
 class NewModel(msgspec.Struct, forbid_unknown_fields=True):
@@ -52,7 +52,7 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         "unique": record.unique,
         "name": record.name,
         "description": record.description,
-        "source": record.source,
+        "source": public(record.source),
         "custom": record.custom,
         "format": record.format,
         "parameters": record.parameters,
@@ -92,7 +92,7 @@ async def add_model(request: web.Request) -> web.Response:
     if known is not None:
         if known.source != body.source:
             raise Conflict(
-                f"{unique!r} is another model already, from {known.source or 'no source'}: give "
+                f"{unique!r} is another model already, from {public(known.source) or 'no source'}: give "
                 "this one a unique name of its own",
                 param="unique",
             )

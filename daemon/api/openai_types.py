@@ -58,7 +58,7 @@ class ChatBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of POST /v1/chat/completions. The last group is accepted and has no effect here."""
 
     model: str
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: _Tokens | None = None

@@ -21,7 +21,7 @@ class Cursor:
     """A position in the header that stays inside the file and below MAX_HEADER_BYTES.
 
     Reads chunks instead of mapping the file: whoever cuts a mapped file short kills its readers
-    (SIGBUS), and this runs in the daemon.
+    (SIGBUS).
     """
 
     def __init__(self, descriptor: int, name: str, size: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from daemon.cli.client import INTERRUPTED, Client, CommandError
+from daemon.cli.client import FAILED, INTERRUPTED, Client, CommandError
 from daemon.cli.output import as_json, count, size, table
 from daemon.sources import is_source
 
@@ -109,6 +109,7 @@ def pull(arguments: Namespace, client: Client) -> None:
         body = {"source": name} | ({"unique": arguments.name} if arguments.name else {})
         name = client.call("POST", "/modeld/v1/models", body)["unique"]
     _pull(name, client)
+    print(f"{name} is downloaded")
 
 
 def import_file(arguments: Namespace, client: Client) -> None:
@@ -117,16 +118,20 @@ def import_file(arguments: Namespace, client: Client) -> None:
     if not path.is_file():
         raise CommandError(f"there is no file {path}")
     body = {"source": str(path)} | ({"unique": arguments.name} if arguments.name else {})
+    known = {model["id"] for model in client.call("GET", "/modeld/v1/models")["models"]}
     model = client.call("POST", "/modeld/v1/models", body)
     try:
         _pull(model["unique"], client)
-    except CommandError:
-        # Nothing is lost: the record of a file that is no model is of no use to anyone.
-        client.call("DELETE", client.model_path(model["unique"]))
+    except CommandError as error:
+        # The record of a file that is no model is of no use to anyone.
+        if error.status == FAILED and model["id"] not in known:
+            client.call("DELETE", client.model_path(model["unique"]))
         raise
+    print(f"{model['unique']} is downloaded")
 
 
 def _pull(name: str, client: Client) -> None:
+    """Download a model and show how far it is, on stderr: the answer of `run` goes to stdout."""
     job = client.call("POST", f"{client.model_path(name)}/download")
     with tqdm(total=job["total_bytes"] or None, unit="B", unit_scale=True, desc=name) as bar:
         try:
@@ -146,7 +151,6 @@ def _pull(name: str, client: Client) -> None:
         raise CommandError(f"{name}: the download was canceled")
     if job["state"] == "failed":
         raise CommandError(f"{name}: {job['error']['message']}")
-    print(f"{name} is downloaded")
 
 
 def _job(name: str, client: Client) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
 from daemon.config import Downloads as DownloadSettings
 from daemon.downloads import messages
-from daemon.errors import InvalidRequest
-from daemon.store import Store
+from daemon.errors import Conflict, InvalidRequest
+from daemon.store import Store, check_unchanged
 from daemon.workers.child import Child, describe_exit
+from daemon.workers.environment import for_fetcher
 
 _TELL_LATECOMERS_S = 30.0
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Job:
     ended: float = 0.0
     owed: int = 0
     task: asyncio.Task[None] | None = None
+    canceling: bool = False
 
     @property
     def active(self) -> bool:
@@ -123,6 +125,8 @@ class Downloads:
         self._store = store
         self._jobs: dict[str, Job] = {}
         self._watchers: dict[str, list[Watcher]] = {}
+        self._barred: set[str] = set()
+        self._closing = False
         self._places = asyncio.Semaphore(settings.max_active)
 
     def all(self) -> list[Job]:
@@ -137,9 +141,12 @@ class Downloads:
     def start(self, record: ModelRecord) -> Job:
         """Download the model, or return the job that already does.
 
-        A model that is there already gives a job that is completed. Raises InvalidRequest for a
-        model without a source.
+        A model that is there already, and whole, gives a job that is completed. Raises
+        InvalidRequest for a model without a source, Conflict while its files are being removed.
         """
+        if self._closing or record.id in self._barred:
+            reason = "modeld is stopping" if self._closing else "its files are being removed"
+            raise Conflict(f"{record.unique} can't be downloaded now: {reason}")
         job = self._jobs.get(record.id)
         if job is not None and job.active:
             job.owed += 1
@@ -152,7 +159,7 @@ class Downloads:
             )
         job = self._jobs[record.id] = Job(model_id=record.id, unique=record.unique, owed=1)
         self._tell(job, initial=True)
-        if record.downloaded:
+        if _is_intact(record):
             self._end(job, JobState.COMPLETED)
         else:
             job.task = asyncio.create_task(self._run(job, record))
@@ -163,17 +170,27 @@ class Downloads:
         """End the model's download if there is one, and wait until it has ended."""
         job = self._jobs.get(model_id)
         if job is not None and job.task is not None and job.active:
-            job.task.cancel()
+            if not job.canceling:  # a second cancel would cut the first one's cleaning short
+                job.canceling = True
+                job.task.cancel()
             await asyncio.wait([job.task])
             if job.active:  # it was ended before its first step, and could not say so itself
                 self._end(job, JobState.CANCELED)
 
-    def forget(self, model_id: str) -> None:
-        """Drop what is known of a model's last download, whose files are gone."""
-        self._jobs.pop(model_id, None)
+    @contextlib.asynccontextmanager
+    async def removing(self, model_id: str) -> AsyncIterator[None]:
+        """End the model's download, allow no other one inside, and then forget the last one."""
+        self._barred.add(model_id)
+        try:
+            await self.cancel(model_id)
+            yield
+            self._jobs.pop(model_id, None)
+        finally:
+            self._barred.discard(model_id)
 
     async def close(self) -> None:
-        """End all downloads."""
+        """End all downloads, and start none any more."""
+        self._closing = True
         await asyncio.gather(*(self.cancel(model_id) for model_id in list(self._jobs)))
 
     @contextlib.contextmanager
@@ -181,7 +198,8 @@ class Downloads:
         """Hear of this model's downloads, from the present state on.
 
         Clients open their socket after they asked for the download; one that is quick has ended by
-        then, so its end is told to as many latecomers as there were clients that asked.
+        then, so its end is told to as many latecomers as there were clients that asked. (One that
+        had its socket open before may be told twice: once there, once when it comes back.)
         """
         watcher = Watcher()
         self._watchers.setdefault(model_id, []).append(watcher)
@@ -224,7 +242,6 @@ class Downloads:
         match last:
             case messages.Fetched():
                 self._take_over(job, last)
-                self._end(job, JobState.COMPLETED)
             case wire.Error():
                 self._end(job, JobState.FAILED, error=last.message, code=last.code)
             case None:
@@ -236,8 +253,7 @@ class Downloads:
             ["-m", "daemon.downloads.fetcher"],
             union=messages.FromFetcher,
             name=f"fetcher:{record.unique}",
-            # The one child that may see a token: it is what talks to the hub.
-            environment={k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"},
+            environment=for_fetcher(os.environ),
         )
         try:
             child.send(
@@ -271,14 +287,32 @@ class Downloads:
         self._tell(job)
 
     def _take_over(self, job: Job, message: messages.Fetched) -> None:
+        """Record what was brought, and end the job."""
         artifact = message.artifact
-        self._catalog.update(
-            job.model_id,
-            artifact=artifact,
-            revision=message.revision,
-            format=artifact.format,
-            size_bytes=sum(file.size_bytes for file in artifact.files),
-            parameters=artifact.parameters,
-            quantization=artifact.quantization,
-            context_length=artifact.context_length,
-        )
+        try:
+            self._catalog.update(
+                job.model_id,
+                artifact=artifact,
+                revision=message.revision,
+                format=artifact.format,
+                size_bytes=sum(file.size_bytes for file in artifact.files),
+                parameters=artifact.parameters,
+                quantization=artifact.quantization,
+                context_length=artifact.context_length,
+            )
+        except Exception as error:  # such as a full disk; the job must end and say so
+            log.exception("model=%s download could not be recorded", job.unique)
+            self._end(job, JobState.FAILED, error=str(error), code="download_failed")
+        else:
+            self._end(job, JobState.COMPLETED)
+
+
+def _is_intact(record: ModelRecord) -> bool:
+    """Say whether the model's files are here, and still those that were verified."""
+    if record.artifact is None:
+        return False
+    try:
+        check_unchanged(record.artifact)
+    except Conflict:
+        return False
+    return True

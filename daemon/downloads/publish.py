@@ -1,4 +1,4 @@
-"""The store's side of a download: room on the disk, hashing, and the way into the to.
+"""The store's side of a download: room on the disk, hashing, and the way into it.
 
 Owns the order in which a file gets its final names: bytes on the disk first, then the blob, then
 the link that engines open, so that whatever a crash leaves under a final name is whole. Also reads
@@ -58,7 +58,7 @@ class Destination:
         return self.blobs_dir / sha256
 
     def discard_partial(self) -> None:
-        """Remove what this download has left outside the to."""
+        """Remove what this download has left outside the store."""
         shutil.rmtree(self.partial_dir, ignore_errors=True)
 
 

@@ -220,6 +220,8 @@ def _follow(url: URL, target: str, name: str) -> URL:
         raise DownloadFailed(f"{name}: {url.host} redirects to no address ({error})") from error
     if following.scheme not in ("http", "https"):
         raise DownloadFailed(f"{name}: {url.host} redirects to {following.scheme}:, not to http(s)")
+    if url.scheme == "https" and following.scheme == "http":
+        raise DownloadFailed(f"{name}: {url.host} redirects to an address without TLS")
     return following
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from backends.contract import Artifact, Hardware, LoadOptions, LoadSpec, MemoryEstimate
 from backends.registry import Candidate, Registry
@@ -106,13 +107,11 @@ class Loader:
         estimate = self._registry.classes[backend].estimate(artifact, options)
         self._ledger.reserve(record.id, record.unique, estimate.total_bytes)
         watch.chosen(backend, estimate)
-        scratch = self._store.new_scratch()
+        scratch: Path | None = None
         worker: Worker | None = None
         try:
             started = time.monotonic()
-            worker = await Worker.start(
-                self._registry.paths[backend], name=record.unique, scratch=scratch
-            )
+            scratch, worker = await self._start_worker(backend, record.unique)
             watch.started(worker)
             spec = LoadSpec(
                 artifact=artifact,
@@ -124,12 +123,14 @@ class Loader:
             loaded = await worker.load(
                 spec, timeout_s=self._settings.load_timeout_s, progress=watch.progress
             )
-            instance = Instance(worker, loaded, scratch)
-            measured = await self.measure(record.id, artifact, instance)
+            instance = Instance(worker, loaded, artifact, scratch)
+            measured = await self.measure(instance)
+            self._ledger.measured(record.id, measured)
         except BaseException as error:
             if worker is not None:
                 await worker.stop("the load was given up")
-            self._store.drop_scratch(scratch)
+            if scratch is not None:
+                self._store.drop_scratch(scratch)
             self._ledger.release(record.id)
             if isinstance(error, LoadFailed) and worker and (cause := worker.first_complaint()):
                 raise LoadFailed(f"{error.message} The engine said: {cause}") from error
@@ -145,12 +146,23 @@ class Loader:
         )
         return instance
 
-    async def measure(self, model_id: str, artifact: Artifact, instance: Instance) -> int:
-        """Note in the ledger what the instance's worker uses now; return it, in bytes."""
-        files = [os.path.realpath(file.path) for file in artifact.files]
-        measured = await asyncio.to_thread(worker_memory, instance.worker.pid, files)
-        self._ledger.measured(model_id, measured)
-        return measured
+    async def _start_worker(self, backend: str, unique: str) -> tuple[Path, Worker]:
+        """Return a worker that runs, and its private folder. Raises LoadFailed."""
+        try:
+            scratch = self._store.new_scratch()
+        except OSError as error:
+            raise LoadFailed(f"no folder could be made for its worker: {error}") from error
+        try:
+            path = self._registry.paths[backend]
+            return scratch, await Worker.start(path, name=unique, scratch=scratch)
+        except OSError as error:
+            self._store.drop_scratch(scratch)
+            raise LoadFailed(f"its worker could not be started: {error}") from error
+
+    async def measure(self, instance: Instance) -> int:
+        """Return the bytes of RAM that the instance's worker uses now."""
+        files = [os.path.realpath(file.path) for file in instance.artifact.files]
+        return await asyncio.to_thread(worker_memory, instance.worker.pid, files)
 
     async def give_back(self, model_id: str, instance: Instance, reason: str) -> None:
         """End the instance's process and return everything that it held."""

@@ -17,7 +17,14 @@ from backends.contract import ChatRequest, MemoryEstimate
 from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
 from daemon.config import Models as ModelSettings
-from daemon.errors import Conflict, InternalError, ModeldError, QueueFull
+from daemon.errors import (
+    Conflict,
+    InternalError,
+    LoadFailed,
+    LoadTimeout,
+    ModeldError,
+    QueueFull,
+)
 from daemon.memory.ledger import Ledger
 from daemon.models.loader import Loader, Watch
 from daemon.models.resident import Instance, ModelState, ModelStatus, Resident, crash_delay
@@ -26,6 +33,7 @@ from daemon.workers.worker import Answer, Worker
 
 _DRAIN_S = 5.0  # how long an unload waits for work in flight before it ends it
 _ENDED_BY_UNLOAD = "the model was unloaded while it answered"
+_STOPPING = "modeld is stopping"
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +56,7 @@ class ModelManager:
         self._loader = loader
         self._residents: dict[str, Resident] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def _resident(self, record: ModelRecord) -> Resident:
         return self._residents.setdefault(
@@ -92,7 +101,11 @@ class ModelManager:
                 await self._settled(resident.watch_task)
             elif resident.state is ModelState.UNLOADING:
                 await self._settled(resident.unload_task)
+            elif resident.state is ModelState.LOADING and resident.unload_wanted.is_set():
+                await self._settled(resident.load_task)  # that one is being given up
             else:
+                if self._closing:
+                    raise Conflict(_STOPPING)
                 if resident.state is not ModelState.LOADING:
                     # All before the task begins: an unload may come first.
                     resident.unload_wanted.clear()
@@ -116,6 +129,8 @@ class ModelManager:
                 self._set_state(resident, ModelState.UNLOADED)
                 raise Conflict(f"{resident.unique} was unloaded while it loaded") from error
             resident.last_error = error.message
+            if isinstance(error, LoadFailed | LoadTimeout):
+                resident.crashes.append(time.monotonic())
             self._set_state(resident, ModelState.FAILED)
             raise
         except Exception as error:
@@ -197,25 +212,31 @@ class ModelManager:
         resident.in_flight += 1
         try:
             instance = await self._slot(resident)
-            try:
-                request_id, entry = instance.worker.submit(request)
-                try:
-                    yield instance.worker.answers(entry)
-                finally:
-                    if not entry.finished.done():
-                        await asyncio.shield(self._task(instance.worker.cancel(request_id)))
-            finally:
-                self._leave_slot(instance)
-        finally:
+        except BaseException:
             resident.in_flight -= 1
-            if resident.in_flight == 0 and resident.state is ModelState.READY:
-                self._task(self._measure(resident))
+            raise
+        try:
+            request_id, entry = instance.worker.submit(request)
+        except BaseException:
+            self._finished(resident, instance)
+            raise
+        # The slot is free when the engine says so: not before, when the client has left already,
+        # and not after, when a client that is slow to read has yet to be served.
+        entry.finished.add_done_callback(lambda _: self._finished(resident, instance))
+        try:
+            yield instance.worker.answers(entry)
+        finally:
+            if not entry.finished.done():
+                await asyncio.shield(self._task(instance.worker.cancel(request_id)))
 
     async def _slot(self, resident: Resident) -> Instance:
         """Return a live instance with a slot taken in it, in the order of asking."""
         resident.waiting += 1
+        unloads = resident.unloads
         try:
             while True:
+                if resident.unloads != unloads:
+                    raise Conflict(f"{resident.unique} was unloaded while this request waited")
                 instance = await self._ensure_ready(resident)
                 await instance.slots.acquire()
                 if (
@@ -230,28 +251,33 @@ class ModelManager:
         finally:
             resident.waiting -= 1
 
-    @staticmethod
-    def _leave_slot(instance: Instance) -> None:
+    def _finished(self, resident: Resident, instance: Instance) -> None:
+        """Free what a request held, now that the engine is done with it."""
+        resident.in_flight -= 1
         instance.slots.release()
         instance.running -= 1
         if instance.running == 0:
             instance.idle.set()
+        if resident.in_flight == 0 and resident.state is ModelState.READY:
+            self._task(self._measure(resident, instance))
 
-    async def _measure(self, resident: Resident) -> None:
-        record = self._catalog.find(resident.model_id)
-        if resident.instance is not None and record is not None and record.artifact is not None:
-            await self._loader.measure(resident.model_id, record.artifact, resident.instance)
+    async def _measure(self, resident: Resident, instance: Instance) -> None:
+        measured = await self._loader.measure(instance)
+        if resident.instance is instance:  # else the booking is another one's by now
+            self._ledger.measured(resident.model_id, measured)
 
     # unloading
 
     async def unload(self, model_id: str) -> None:
         """Have the model out of memory, every byte of it, once this returns.
 
-        Work in flight gets a few seconds and is then ended with an error that says why.
+        Work in flight gets a few seconds and is then ended with an error that says why; so are
+        requests that still wait. One that comes later loads the model again.
         """
         resident = self._residents.get(model_id)
         if resident is None:
             return
+        resident.unloads += 1
         if resident.state is ModelState.LOADING:
             resident.unload_wanted.set()
             if resident.loading_worker is not None:
@@ -270,7 +296,8 @@ class ModelManager:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):
                 await instance.idle.wait()
-        await self._loader.give_back(resident.model_id, instance, _ENDED_BY_UNLOAD)
+        reason = _STOPPING if self._closing else _ENDED_BY_UNLOAD
+        await self._loader.give_back(resident.model_id, instance, reason)
         resident.instance = None
         self._set_state(resident, ModelState.UNLOADED)
 
@@ -289,16 +316,18 @@ class ModelManager:
                 f"{record.unique} is answering {resident.in_flight} requests: try again when it "
                 "is idle"
             )
+        self._catalog.update(record.id, artifact=None)  # from here on nobody can load it
         await self.unload(record.id)
-        await asyncio.to_thread(self._store.drop_model, record.id)  # gigabytes take their time
-        self._catalog.update(record.id, artifact=None)
+        # Gigabytes take their time, and a client that leaves meanwhile must not stop it half-way.
+        await asyncio.shield(asyncio.to_thread(self._store.drop_model, record.id))
 
     def forget(self, model_id: str) -> None:
         """Drop what is remembered of a model that was removed from the catalog."""
         self._residents.pop(model_id, None)
 
     async def close(self) -> None:
-        """Unload everything and wait for what still runs."""
+        """Unload everything, load nothing more, and wait for what still runs."""
+        self._closing = True
         await self.unload_all()
         while self._tasks:
             await asyncio.wait(self._tasks)

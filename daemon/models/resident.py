@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from backends.contract import LoadedModel
+from backends.contract import Artifact, LoadedModel
 from daemon.workers.worker import Worker
 
 _CRASH_WINDOW_S = 60.0
@@ -30,9 +30,12 @@ class ModelState(StrEnum):
 class Instance:
     """One loaded copy of a model: its worker, and the slots that requests take turns in."""
 
-    def __init__(self, worker: Worker, loaded: LoadedModel, scratch: Path) -> None:
+    def __init__(
+        self, worker: Worker, loaded: LoadedModel, artifact: Artifact, scratch: Path
+    ) -> None:
         self.worker = worker
         self.loaded = loaded
+        self.artifact = artifact
         self.scratch = scratch
         self.slots = asyncio.Semaphore(loaded.slots)
         self.running = 0
@@ -50,7 +53,8 @@ class Resident:
     """What is remembered of one model while the daemon runs.
 
     `in_flight` counts requests that hold the model, waiting ones included; `waiting` those that
-    have no slot yet. `crashes` holds the monotonic times of recent crashes.
+    have no slot yet; `unloads` the unloads that were asked for. `crashes` holds the monotonic times
+    of recent crashes and failed loads.
     """
 
     model_id: str
@@ -60,6 +64,7 @@ class Resident:
     backend: str = ""
     in_flight: int = 0
     waiting: int = 0
+    unloads: int = 0
     progress: float = 0.0
     last_error: str = ""
     estimate_bytes: int = 0

@@ -20,20 +20,10 @@ from typing import Any
 import msgspec
 
 from backends import wire
+from daemon.workers.environment import for_engines
 
 _TAIL_BYTES = 8192
-_SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "_KEY")
 log = logging.getLogger(__name__)
-
-
-def environment_without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` less the variables whose name says that they hold a secret."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if not any(word in name.upper() for word in _SECRET_WORDS)
-        and name not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
-    }
 
 
 def describe_exit(status: int) -> str:
@@ -93,8 +83,13 @@ class Child:
 
         Raises OSError if the process cannot be started.
         """
-        ours, theirs = socket.socketpair()
         output, printed = os.pipe()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            os.close(output)
+            os.close(printed)
+            raise
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -108,7 +103,7 @@ class Child:
                 stderr=printed,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env=environment_without_secrets(os.environ) if environment is None else environment,
+                env=for_engines(os.environ) if environment is None else environment,
                 cwd=cwd,
             )
         except BaseException:
@@ -118,12 +113,15 @@ class Child:
         finally:
             theirs.close()
             os.close(printed)
+        reading = None
         try:
             reading = await _read_pipe(output)
             reader, writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
         except BaseException:
             process.kill()
             ours.close()
+            if reading is not None:
+                reading[0].close()
             raise
         log.debug("child=%s pid=%d started", name, process.pid)
         return cls(

@@ -43,7 +43,13 @@ class Probers:
         return task.result()
 
     async def all(self) -> list[Probe]:
-        """Return the probes of all backends, those that can't be imported included."""
+        """Return the probes of all backends, those that can't be imported included.
+
+        Backends that were not available are asked again: what was missing may be there by now.
+        """
+        for name, task in list(self._probes.items()):
+            if task.done() and not self._result(name, task).available:
+                del self._probes[name]
         probes = await self.ask(list(self._registry.classes))
         broken = [
             Probe(backend=name, available=False, reason=reason)

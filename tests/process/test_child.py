@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from backends import contract, wire
-from daemon.workers.child import Child, describe_exit, environment_without_secrets
+from daemon.workers.child import Child, describe_exit
+from daemon.workers.environment import for_engines, for_fetcher
 
 CHILDREN = Path(__file__).parent / "children"
 GRACE_S = 0.3
@@ -345,33 +346,40 @@ async def test_ctrl_c_in_a_terminal_does_not_reach_it(start):
 # secrets
 
 
-def test_variables_whose_name_says_secret_are_not_passed_on():
+def test_engines_see_what_they_need_and_no_secret():
     secrets = [
         "HF_TOKEN",
-        "hf_token",
+        "GITHUB_PAT",
         "OPENAI_API_KEY",
         "AWS_SECRET_ACCESS_KEY",
-        "DB_PASSWORD",
-        "PGPASSWORD",
-        "MY_CREDENTIALS",
+        "DATABASE_URL",
+        "SSH_AUTH_SOCK",
+        "HTTPS_PROXY",
+        "LLAMA_API_KEY",
+        "PYTHON_KEYRING_PASSWORD",
         "NOTIFY_SOCKET",
         "LISTEN_FDS",
-        "LISTEN_PID",
-        "LISTEN_FDNAMES",
+        "MODELD_HOST",
     ]
-    kept = {"PATH": "/bin", "HOME": "/", "LANG": "C", "OMP_NUM_THREADS": "2", "KEYBOARD": "de"}
-    assert environment_without_secrets(kept | dict.fromkeys(secrets, "hidden")) == kept
+    kept = {"PATH": "/bin", "HOME": "/", "LANG": "C", "OMP_NUM_THREADS": "2", "CUDA_PATH": "/c"}
+    assert for_engines(kept | dict.fromkeys(secrets, "hidden")) == kept
+
+
+def test_a_fetcher_sees_the_hub_s_token_and_the_proxy_and_no_other_secret():
+    kept = {"PATH": "/bin", "HF_TOKEN": "hf_x", "https_proxy": "http://proxy:1", "HF_HOME": "/h"}
+    secrets = dict.fromkeys(["GITHUB_PAT", "OPENAI_API_KEY", "NOTIFY_SOCKET"], "hidden")
+    assert for_fetcher(kept | secrets) == kept
 
 
 @linux_only
 async def test_a_child_sees_no_secret_and_no_standard_input(start, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
-    monkeypatch.setenv("ORDINARY", "yes")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     child = await start("shows_environment")
     assert await exit_status(child) == 0
     names, stdin = child.tail.splitlines()
-    assert "ORDINARY" in names.split() and "PATH" in names.split()
+    assert "OMP_NUM_THREADS" in names.split() and "PATH" in names.split()
     assert "HF_TOKEN" not in names and "NOTIFY_SOCKET" not in names
     assert stdin == "stdin: /dev/null"
 

@@ -12,6 +12,7 @@ from daemon.api.pieces.schema import ModelBody, model_view
 from daemon.catalog.database import check_unique, now
 from daemon.catalog.record import ModelRecord
 from daemon.errors import Conflict, InvalidRequest, ModelNotFound
+from daemon.sources import public
 
 
 def routes() -> list[web.RouteDef]:
@@ -81,7 +82,7 @@ def _give_source(parts: Services, known: ModelRecord, source: str) -> ModelRecor
     if known.custom and not known.source and not known.downloaded:
         return parts.catalog.update(known.id, source=source)
     raise Conflict(
-        f"{known.unique!r} is another model already, from {known.source or 'no source'}: give this "
+        f"{known.unique!r} is another model already, from {public(known.source) or 'no source'}: give this "
         "one a unique name of its own",
         param="unique",
     )

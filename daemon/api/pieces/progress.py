@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from daemon.api.context import requested_model, services
+from daemon.api.context import Services, requested_model, services
 from daemon.api.pieces.sockets import accept, is_upgrade, push
 from daemon.downloads.jobs import JobState, Update
 
@@ -65,9 +65,8 @@ def _present(request: web.Request, model_id: str, *, downloaded: bool) -> dict[s
 async def identifiers(request: web.Request) -> web.StreamResponse:
     """Push every model's id, then the ids of those that change or are deleted."""
     parts = services(request)
-    every = {"iterable": [{"model": {"id": record.id}} for record in parts.catalog.all()]}
     if not is_upgrade(request):
-        return web.json_response(every)
+        return web.json_response(_every(parts))
     socket = await accept(request)
     changes: dict[str, bool] = {}
     more = asyncio.Event()
@@ -77,7 +76,7 @@ async def identifiers(request: web.Request) -> web.StreamResponse:
         more.set()
 
     async def send() -> None:
-        await socket.send_json(every)
+        await socket.send_json(every)  # no change is lost: listening began in the same step
         while True:
             await more.wait()
             more.clear()
@@ -85,11 +84,15 @@ async def identifiers(request: web.Request) -> web.StreamResponse:
             changes.clear()
             await socket.send_json({"iterable": batch})
 
-    end = parts.catalog.listen(changed)
+    every, end = _every(parts), parts.catalog.listen(changed)
     try:
         return await push(request, socket, send())
     finally:
         end()
+
+
+def _every(parts: Services) -> dict[str, Any]:
+    return {"iterable": [{"model": {"id": record.id}} for record in parts.catalog.all()]}
 
 
 def _identifier(model_id: str, *, deleted: bool) -> dict[str, Any]:

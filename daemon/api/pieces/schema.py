@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -20,14 +20,14 @@ _BILLION = 1e9
 class Bytes(msgspec.Struct):
     """A size; clients demand both fields."""
 
-    value: int
+    value: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     readable: str = ""
 
 
 class MaxTokens(msgspec.Struct):
     """How many tokens a model takes; `total` alone is what modeld knows."""
 
-    total: float | None = None
+    total: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
 
 
 class ModelBody(msgspec.Struct, kw_only=True):
@@ -46,7 +46,7 @@ class ModelBody(msgspec.Struct, kw_only=True):
     bytes: Bytes | None = None
     quantization: str | None = None
     foundation: str | None = None
-    parameters: float | None = None
+    parameters: Annotated[float, msgspec.Meta(ge=0, le=1e6)] | None = None
     provider: str | None = None
     maxTokens: MaxTokens | None = None  # noqa: N815  the API's own spelling
 

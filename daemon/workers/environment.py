@@ -1,0 +1,43 @@
+"""What children see of the daemon's environment: a list of what they need, and nothing else.
+
+A deny-list would have to know the name of every secret that a user may have exported. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# The interpreter and the C library, then what the engines and GPU drivers read.
+_NAMES = frozenset(
+    "PATH HOME USER LOGNAME LANG LANGUAGE TZ TMPDIR VIRTUAL_ENV LD_LIBRARY_PATH SYSTEMROOT".split()
+)
+_PREFIXES = tuple(
+    """
+    LC_ PYTHON DYLD_ MALLOC_ OMP_ KMP_ MKL_ OPENBLAS_ GGML_ LLAMA_ ORT_ CUDA NVIDIA_ HIP_ HSA_ ROCR_
+    GPU_ VK_ SYCL_ ONEAPI_ ZE_ METAL_
+    """.split()
+)
+# The fetcher talks to the hub for the user: with their token, through their proxy.
+_FETCHER_NAMES = frozenset(
+    """
+    HF_TOKEN HF_HOME HF_TOKEN_PATH HF_ENDPOINT XDG_CACHE_HOME HTTP_PROXY HTTPS_PROXY ALL_PROXY
+    NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
+    """.split()
+)
+_SECRET_WORDS = ("TOKEN", "SECRET", "PASSW", "CREDENTIAL", "_KEY")
+
+
+def for_engines(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what workers and probers see."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in _NAMES or name.startswith(_PREFIXES))
+        and not any(word in name for word in _SECRET_WORDS)
+    }
+
+
+def for_fetcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what a fetcher sees: the same, and what it needs to be let in and out."""
+    network = {k: v for k, v in environment.items() if k.upper() in _FETCHER_NAMES}
+    return for_engines(environment) | network
