@@ -11,10 +11,9 @@ from aiohttp import web
 
 from daemon.api.context import Services, requested_model, services
 from daemon.api.errors import read_json
-from daemon.catalog.database import now
+from daemon.catalog.database import name_taken, now
 from daemon.catalog.record import ModelRecord
 from daemon.downloads.jobs import Job
-from daemon.errors import Conflict
 from daemon.sources import name_for, parse, public
 
 
@@ -91,11 +90,7 @@ async def add_model(request: web.Request) -> web.Response:
     known = parts.catalog.find(unique)
     if known is not None:
         if known.source != body.source:
-            raise Conflict(
-                f"{unique!r} is another model already, from {public(known.source) or 'no source'}: give "
-                "this one a unique name of its own",
-                param="unique",
-            )
+            raise name_taken(known)
         return _answer(parts, known.id)
     parse(body.source)
     record = parts.catalog.add(

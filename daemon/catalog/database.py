@@ -17,7 +17,7 @@ import msgspec
 
 from daemon.catalog.record import ModelRecord, SeedRecord
 from daemon.errors import ConfigError, Conflict, InvalidRequest, ModelNotFound
-from daemon.sources import UNIQUE_NAME
+from daemon.sources import UNIQUE_NAME, public
 
 SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -53,6 +53,15 @@ def check_unique(unique: str) -> str:
             param="unique",
         )
     return unique
+
+
+def name_taken(known: ModelRecord) -> Conflict:
+    """Return the error for a new model whose unique name is that of `known`, another one."""
+    return Conflict(
+        f"{known.unique!r} is another model already, from {public(known.source) or 'no source'}: "
+        "give this one a unique name of its own",
+        param="unique",
+    )
 
 
 class Catalog:

@@ -181,6 +181,37 @@ def test_kill_9_of_the_daemon_mid_download_leaves_nothing_that_looks_like_a_mode
         assert Path(daemon.model("mine")["files"][0]).read_bytes() == content
 
 
+def test_sigterm_tells_every_client_how_its_work_ended(start_daemon):
+    daemon = start_daemon()
+    daemon.download()
+    with Stream(daemon, LONG) as stream:
+        lines = stream.lines()
+        next(lines)
+        stopping = threading.Thread(target=daemon.stop)
+        stopping.start()
+        last = json.loads(list(lines)[-1])
+        stopping.join(timeout=20)
+    assert "modeld is stopping" in last["error"]["message"]
+
+
+def test_kill_9_of_the_daemon_ends_its_probers(start_daemon, tmp_path):
+    """An engine that hangs while it is imported, as the worst case."""
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow" / "llama_cpp.py").write_text("import time; time.sleep(3600)")
+    daemon = start_daemon(PYTHONPATH=str(tmp_path / "shadow"))
+    asking = http.client.HTTPConnection(*daemon.host_port, timeout=30)
+    asking.request("GET", "/modeld/v1/backends")
+
+    def hanging() -> list[psutil.Process]:
+        return [child for child in daemon.children() if "backends.prober" in child.cmdline()]
+
+    wait_for(lambda: len(hanging()) == 1, 30, "no prober hangs")
+    (prober,) = hanging()
+    daemon.kill()
+    asking.close()
+    wait_for(lambda: not running(prober), 1, "a prober outlived the daemon by a second")
+
+
 def running(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import gguf
-from backends.contract import Artifact, LoadOptions, ModelFile, Task
+from backends.contract import Artifact, BackendError, ChatRequest, LoadOptions, ModelFile, Task
 
 MIB = 1024 * 1024
 SMOLLM2_FACTS = {
@@ -222,3 +222,12 @@ def test_a_chat_model_chats():
 
 def test_an_embedder_has_no_tasks_here():
     assert gguf.tasks(artifact(architecture="bert", facts={"pooling_type": 1})) == ()
+
+
+def test_messages_that_can_never_fit_are_refused_before_they_are_tokenized():
+    fits = ChatRequest(messages=({"role": "user", "content": "a" * 128 * 512},))
+    gguf.refuse_hopeless(fits, 512)
+    hopeless = ChatRequest(messages=({"role": "user", "content": "a"}, *fits.messages))
+    with pytest.raises(BackendError, match="65537 characters.*512 tokens") as refused:
+        gguf.refuse_hopeless(hopeless, 512)
+    assert refused.value.code == "context_length_exceeded"

@@ -133,3 +133,17 @@ def test_a_source_without_a_usable_file_name_gets_some_name():
 def test_a_long_name_is_cut_to_what_a_name_may_be():
     name = sources.name_for(PathSource(path=f"/{'x' * 250}.gguf"))
     assert name == "x" * 200
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://u:p@host/a/m.gguf?sig=x#y", "https://host/a/m.gguf"),
+        ("http://host:8080/m.gguf", "http://host:8080/m.gguf"),
+        ("hf:a/b@main", "hf:a/b@main"),
+        ("/home/me/m@home.gguf", "/home/me/m@home.gguf"),
+        ("", ""),
+    ],
+)
+def test_a_source_is_shown_without_its_credentials(text, shown):
+    assert sources.public(text) == shown

@@ -247,3 +247,19 @@ def test_a_folder_that_took_a_file_s_place_is_refused(files):
     files[0].mkdir()
     assert str(files[0]) in conflict(checked)
     shutil.rmtree(files[0])
+
+
+def test_a_sweep_removes_what_a_kill_left_and_nothing_else(store, tmp_path):
+    whole, half, orphan = new_id(), new_id(), add_blob(store, "c" * 64, b"orphan")
+    shared = add_blob(store, "a" * 64, b"shared")
+    kept = link(store, whole, "m.gguf", shared)
+    # linked, but the daemon was killed before it was recorded
+    unrecorded = add_blob(store, "b" * 64, b"unrecorded")
+    link(store, half, "m.gguf", unrecorded)
+    link(store, half, "shared.gguf", shared)
+    own = tmp_path / "the user's own file"
+    os.link(unrecorded, own)
+    store.sweep({whole})
+    assert kept.read_bytes() == b"shared" and own.read_bytes() == b"unrecorded"
+    assert sorted(path.name for path in store.blobs.iterdir()) == ["a" * 64]
+    assert not store.model_dir(half).exists() and not orphan.exists()

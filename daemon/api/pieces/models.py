@@ -9,10 +9,9 @@ from aiohttp import web
 from daemon.api.context import Services, requested_model, services
 from daemon.api.errors import read_json
 from daemon.api.pieces.schema import ModelBody, model_view
-from daemon.catalog.database import check_unique, now
+from daemon.catalog.database import check_unique, name_taken, now
 from daemon.catalog.record import ModelRecord
-from daemon.errors import Conflict, InvalidRequest, ModelNotFound
-from daemon.sources import public
+from daemon.errors import InvalidRequest, ModelNotFound
 
 
 def routes() -> list[web.RouteDef]:
@@ -81,11 +80,7 @@ def _give_source(parts: Services, known: ModelRecord, source: str) -> ModelRecor
     """Return `known` with `source`, if it has waited for one. Raises Conflict otherwise."""
     if known.custom and not known.source and not known.downloaded:
         return parts.catalog.update(known.id, source=source)
-    raise Conflict(
-        f"{known.unique!r} is another model already, from {public(known.source) or 'no source'}: give this "
-        "one a unique name of its own",
-        param="unique",
-    )
+    raise name_taken(known)
 
 
 async def update(request: web.Request) -> web.Response:
