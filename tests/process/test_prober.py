@@ -38,6 +38,12 @@ pytestmark = pytest.mark.timeout(60)
 AddBackend = Callable[[str, str], str]
 
 
+def running_probers() -> list[psutil.Process]:
+    """The probers of this process; it may have a daemon of other tests as a child as well."""
+    own = psutil.Process().children()
+    return [child for child in own if "backends.prober" in child.cmdline()]
+
+
 @pytest.fixture
 def add_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AddBackend:
     """Write a backend and the engine that its probe imports; return the backend's path."""
@@ -125,7 +131,7 @@ async def test_an_engine_that_hangs_is_given_up_and_ended(probers, add_backend, 
     for probe in probes.values():
         assert not probe.available
         assert "did not answer within 1 s" in probe.reason
-    assert not psutil.Process().children(recursive=True)
+    assert not running_probers()
 
 
 async def test_an_engine_that_hangs_and_ignores_sigterm_is_ended_too(
@@ -135,7 +141,7 @@ async def test_an_engine_that_hangs_and_ignores_sigterm_is_ended_too(
     hang = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
     probe = (await ask(probers({"one": add_backend("one", hang)}), "one"))["one"]
     assert "did not answer" in probe.reason
-    assert not psutil.Process().children(recursive=True)
+    assert not running_probers()
 
 
 async def test_a_backend_that_the_daemon_cannot_import_is_listed_with_the_reason(probers):
@@ -202,4 +208,4 @@ async def test_closing_ends_what_is_being_asked_and_tells_who_waits(probers, add
         await asked.close()
         probes = await waiting
     assert "stopping" in probes["slow"].reason
-    assert not psutil.Process().children(recursive=True)
+    assert not running_probers()
