@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import time
@@ -231,3 +232,28 @@ def test_a_conversation_at_a_terminal(daemon):
         os.close(ours)
     assert talking.returncode == 0
     assert said.count(">>>") == 3 and "Paris" in said
+
+
+def test_an_answer_is_printed_as_it_comes_and_ctrl_c_ends_it(daemon):
+    daemon.download()
+    running = subprocess.Popen(
+        [sys.executable, "-m", "daemon", "run", SAMPLE, "Write a very long story about a dog."],
+        env=daemon.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert os.read(running.stdout.fileno(), 1)
+        assert daemon.model()["in_flight"] == 1, "the whole answer was there before its first word"
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=20) == 130
+        deadline = time.monotonic() + 10
+        while daemon.model()["in_flight"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert b"Traceback" not in running.stderr.read()
+    finally:
+        running.kill()
+        running.stdout.close()
+        running.stderr.close()
