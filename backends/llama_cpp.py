@@ -35,7 +35,7 @@ from backends.contract import (
 )
 from backends.text import StopScanner
 
-_INSTALL = "pip install 'modeld[llama-cpp]' (it compiles for some minutes)"
+_INSTALL = "pip install llama-cpp-python (it compiles for some minutes)"
 _ABORTED = "llama_decode returned 2"  # what llama.cpp answers when the abort callback said so
 
 

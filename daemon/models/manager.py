@@ -131,7 +131,9 @@ class ModelManager:
             resident.last_error = error.message
             if isinstance(error, LoadFailed | LoadTimeout):
                 resident.crashes.append(time.monotonic())
-            self._set_state(resident, ModelState.FAILED)
+                self._set_state(resident, ModelState.FAILED)
+            else:  # it was refused, and nothing is wrong with the model
+                self._set_state(resident, ModelState.UNLOADED)
             raise
         except Exception as error:
             log.exception("model=%s load failed", resident.unique)

@@ -65,6 +65,9 @@ def test_a_model_over_the_limit_is_refused_with_the_numbers(start_daemon):
     status, headers, text = daemon.request("POST", "/v1/chat/completions", body)
     assert status == 503 and headers["x-should-retry"] == "false"
     assert "0.50 GiB" in text and "0.29 GiB" in text and "insufficient_memory" in text
+    # a refusal is no failure of the model, but what it said can be read again
+    shown = daemon.model()
+    assert shown["state"] == "unloaded" and "0.50 GiB" in shown["last_error"]
     assert daemon.children() == []
     assert daemon.json("GET", "/modeld/v1/memory")["reserved_bytes"] == 0
 

@@ -155,7 +155,7 @@ def test_an_engine_that_is_not_installed_is_named_with_its_remedy(start_daemon, 
     daemon.download()
     refused = daemon.command("load", SAMPLE)
     assert refused.returncode == 1
-    assert "pip install 'modeld[llama-cpp]'" in refused.stderr
+    assert "pip install llama-cpp-python" in refused.stderr
     status, _, text = daemon.request("POST", f"/modeld/v1/models/{SAMPLE}/load")
     assert status == 501 and "backend_unavailable" in text
     assert "pip install" in daemon.command("backends").stdout
