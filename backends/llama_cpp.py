@@ -68,6 +68,7 @@ class LlamaCpp:
 
     name: ClassVar[str] = "llama_cpp"
     formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
+    distribution: ClassVar[str] = "llama-cpp-python"
 
     def __init__(self) -> None:
         self._llama: Any = None

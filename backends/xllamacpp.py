@@ -96,6 +96,7 @@ class Xllamacpp:
 
     name: ClassVar[str] = "xllamacpp"
     formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
+    distribution: ClassVar[str] = "xllamacpp"
     max_slots: ClassVar[int] = 64
 
     def __init__(self) -> None:

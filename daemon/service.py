@@ -110,7 +110,7 @@ async def running_services(
             budget(memory.limit_bytes(), memory.reserve_bytes(), machine.ram_bytes),
             hardware.available_bytes,
         )
-        probers = Probers(registry)
+        probers = Probers(registry, catalog)
         loader = Loader(
             settings=config.models,
             registry=registry,

@@ -36,6 +36,7 @@ from backends.contract import (
 class ReferenceBackend:
     name: ClassVar[str] = "reference"
     formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
+    distribution: ClassVar[str] = ""
     slots = 2
 
     @classmethod

@@ -14,6 +14,7 @@ from daemon.api.errors import read_json
 from daemon.catalog.database import name_taken, now
 from daemon.catalog.record import ModelRecord
 from daemon.downloads.jobs import Job
+from daemon.errors import InvalidRequest
 from daemon.sources import name_for, parse, public
 
 
@@ -22,6 +23,7 @@ class NewModel(msgspec.Struct, forbid_unknown_fields=True):
 
     source: str
     unique: str = ""
+    backend: str = ""
 
 
 def routes() -> list[web.RouteDef]:
@@ -32,6 +34,7 @@ def routes() -> list[web.RouteDef]:
         web.post(f"{base}/models", add_model),
         web.get(f"{base}/models/{{model}}", show_model),
         web.delete(f"{base}/models/{{model}}", remove_model),
+        web.get(f"{base}/models/{{model}}/explain", explain),
         web.post(f"{base}/models/{{model}}/load", load),
         web.post(f"{base}/models/{{model}}/unload", unload),
         web.post(f"{base}/models/{{model}}/download", download),
@@ -87,6 +90,9 @@ async def add_model(request: web.Request) -> web.Response:
     parts = services(request)
     body = await read_json(request, NewModel)
     unique = body.unique or name_for(parse(body.source))
+    if body.backend and body.backend not in parts.registry.paths:
+        names = ", ".join(sorted(parts.registry.paths))
+        raise InvalidRequest(f"backend: {body.backend!r} is none of {names}", param="backend")
     known = parts.catalog.find(unique)
     if known is not None:
         if known.source != body.source:
@@ -101,6 +107,7 @@ async def add_model(request: web.Request) -> web.Response:
             created=now(),
             source=body.source,
             custom=True,
+            backend=body.backend,
             provider="HUGGING_FACE" if body.source.startswith("hf:") else "",
         )
     )
@@ -115,6 +122,30 @@ async def remove_model(request: web.Request) -> web.Response:
     else:
         await parts.delete_files(record)
     return web.Response(status=204)
+
+
+async def explain(request: web.Request) -> web.Response:
+    """Show what each backend makes of a model, which one is chosen, and why."""
+    parts, record = services(request), requested_model(request)
+    explanation = await parts.models.explain(record)
+    candidates = [
+        {
+            "backend": candidate.backend,
+            "score": candidate.fit.score,
+            "reason": candidate.fit.reason,
+            "tasks": candidate.fit.tasks,
+        }
+        for candidate in explanation.candidates
+    ]
+    return web.json_response(
+        {
+            "model": record.unique,
+            "chosen": explanation.chosen or None,
+            "fixed": explanation.fixed or None,
+            "last_error": parts.models.status(record.id).last_error or None,
+            "candidates": candidates,
+        }
+    )
 
 
 async def load(request: web.Request) -> web.Response:

@@ -182,12 +182,20 @@ class Catalog:
 
     def identity(self) -> str:
         """Return this installation's uuid, made at its first start."""
-        row = self._db.execute("SELECT value FROM settings WHERE key = 'identity'").fetchone()
-        if row is not None:
-            return str(row[0])
-        identity = str(uuid.uuid4())
-        self._db.execute("INSERT INTO settings VALUES ('identity', ?)", (identity,))
+        identity = self.setting("identity")
+        if identity is None:
+            identity = str(uuid.uuid4())
+            self.set_setting("identity", identity)
         return identity
+
+    def setting(self, key: str) -> str | None:
+        """Return a text that was kept under `key`, or None."""
+        row = self._db.execute("SELECT value FROM settings WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_setting(self, key: str, value: str) -> None:
+        """Keep a text under `key`."""
+        self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))
 
 
 def _decode(text: str) -> ModelRecord:

@@ -12,7 +12,8 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `created` is an ISO 8601 time in UTC; `size_bytes` and `context_length` are what the catalog
     promises before the download, and `parameters` counts weights. `foundation`, `provider`,
-    `usage` and `kind` hold the values that the Pieces API defines for them.
+    `usage` and `kind` hold the values that the Pieces API defines for them. `backend` is the one
+    that this model is to run on; empty leaves the choice to modeld.
     """
 
     id: str
@@ -37,6 +38,7 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     uses: int = 0
     artifact: Artifact | None = None
     revision: str = ""
+    backend: str = ""
 
     @property
     def downloaded(self) -> bool:

@@ -102,6 +102,30 @@ def backends(arguments: Namespace, client: Client) -> None:
     print(table(("BACKEND", "AVAILABLE", "VERSION", "DEVICES", "NOTES"), rows))
 
 
+def explain(arguments: Namespace, client: Client) -> None:
+    """Print what each backend makes of a model, which one runs it, and why."""
+    answer = client.call("GET", f"{client.model_path(arguments.model)}/explain")
+    if arguments.json:
+        print(as_json(answer))
+        return
+    rows = [
+        (
+            "→" if candidate["backend"] == answer["chosen"] else "",
+            candidate["backend"],
+            str(candidate["score"]),
+            candidate["reason"],
+        )
+        for candidate in answer["candidates"]
+    ]
+    print(table(("", "BACKEND", "SCORE", "REASON"), rows))
+    if answer["fixed"]:
+        print(answer["fixed"])
+    if not answer["chosen"]:
+        print("no backend can run this model here")
+    if answer["last_error"]:
+        print(f"the last load failed: {answer['last_error']}")
+
+
 def pull(arguments: Namespace, client: Client) -> None:
     """Download a model, by name or by source, and show how far it is."""
     name = arguments.model

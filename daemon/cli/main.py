@@ -40,9 +40,13 @@ def _parser() -> argparse.ArgumentParser:
         ("backends", "show what each engine can do here"),
     ):
         commands.add_parser(name, help=text).add_argument("--json", action="store_true")
-    show = commands.add_parser("show", help="show one model")
-    show.add_argument("model")
-    show.add_argument("--json", action="store_true")
+    for name, text in (
+        ("show", "show one model"),
+        ("explain", "show which engine runs a model, and why"),
+    ):
+        one = commands.add_parser(name, help=text)
+        one.add_argument("model")
+        one.add_argument("--json", action="store_true")
     pull = commands.add_parser("pull", help="download a model")
     pull.add_argument("model", metavar="MODEL|SOURCE")
     pull.add_argument("--name", help="unique name for a SOURCE")
@@ -72,6 +76,7 @@ def _commands() -> dict[str, Command]:
         "list": commands.list_models,
         "ps": commands.ps,
         "show": commands.show,
+        "explain": commands.explain,
         "backends": commands.backends,
         "pull": commands.pull,
         "import": commands.import_file,

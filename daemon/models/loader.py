@@ -37,6 +37,18 @@ class Watch:
     progress: Callable[[float], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Every backend with its fit for one model, the best first.
+
+    `chosen` is empty if none can run it; `fixed` says who settled the choice, if anybody did.
+    """
+
+    candidates: list[Candidate]
+    chosen: str
+    fixed: str
+
+
 class Loader:
     """Loads models with the best backend there is, or with the next best if that one fails."""
 
@@ -69,7 +81,7 @@ class Loader:
             )
         check_unchanged(record.artifact)
         failures = []
-        for candidate in await self._candidates(record.artifact):
+        for candidate in await self._usable(record, record.artifact):
             try:
                 return await self._load_with(candidate.backend, record, record.artifact, watch)
             except (LoadFailed, WorkerCrashed) as error:
@@ -77,16 +89,45 @@ class Loader:
                 failures.append(f"{candidate.backend}: {error.message}")
         raise LoadFailed(f"{record.unique} could not be loaded. {'; '.join(failures)}")
 
-    async def _candidates(self, artifact: Artifact) -> list[Candidate]:
-        """Return the backends that can run the model, the best first, or only the fixed one."""
-        fixed = self._settings.backend
+    async def explain(self, record: ModelRecord) -> Explanation:
+        """Say what each backend makes of the model, and which one a load would take.
+
+        Raises ModelNotDownloaded.
+        """
+        if record.artifact is None:
+            raise ModelNotDownloaded(
+                f"{record.unique} is not downloaded, so its file can't be looked at: run "
+                f"`modeld pull {record.unique}` first"
+            )
+        fixed, by = self._fixed(record)
+        ranked = await self._ranked(record.artifact)
+        usable = [c for c in ranked if c.fit.score > 0 and fixed in ("", c.backend)]
+        return Explanation(
+            candidates=ranked,
+            chosen=usable[0].backend if usable else "",
+            fixed=f"{by} asks for {fixed}" if fixed else "",
+        )
+
+    def _fixed(self, record: ModelRecord) -> tuple[str, str]:
+        """Return the backend that the model or the settings ask for, and which of them does."""
+        if record.backend:
+            return record.backend, "the model"
+        return self._settings.backend, "[models] backend"
+
+    async def _ranked(self, artifact: Artifact) -> list[Candidate]:
+        probes = await self._probers.ask(self._registry.for_format(artifact.format))
+        return self._registry.rank(artifact, probes, self._hardware)
+
+    async def _usable(self, record: ModelRecord, artifact: Artifact) -> list[Candidate]:
+        """Return the backends that can run the model, the best first, or only the fixed one.
+
+        Raises BackendUnavailable with every backend's reason.
+        """
+        fixed, by = self._fixed(record)
         if fixed and fixed not in self._registry.paths:
             names = ", ".join(sorted(self._registry.paths))
-            raise BackendUnavailable(f"[models] backend = {fixed!r}: there are {names}")
-        probes = await self._probers.ask(self._registry.for_format(artifact.format))
-        ranked = self._registry.rank(artifact, probes, self._hardware)
-        if fixed:
-            ranked = [candidate for candidate in ranked if candidate.backend == fixed]
+            raise BackendUnavailable(f"{by} asks for the backend {fixed!r}; there are {names}")
+        ranked = [c for c in await self._ranked(artifact) if fixed in ("", c.backend)]
         usable = [candidate for candidate in ranked if candidate.fit.score > 0]
         if not usable:
             reasons = "; ".join(f"{c.backend}: {c.fit.reason}" for c in ranked)

@@ -26,7 +26,7 @@ from daemon.errors import (
     QueueFull,
 )
 from daemon.memory.ledger import Ledger
-from daemon.models.loader import Loader, Watch
+from daemon.models.loader import Explanation, Loader, Watch
 from daemon.models.resident import Instance, ModelState, ModelStatus, Resident, crash_delay
 from daemon.store import Store
 from daemon.workers.worker import Answer, Worker
@@ -86,6 +86,10 @@ class ModelManager:
         )
 
     # loading
+
+    async def explain(self, record: ModelRecord) -> Explanation:
+        """Say which backend a load of the model would take, and why. Raises ModelNotDownloaded."""
+        return await self._loader.explain(record)
 
     async def load(self, record: ModelRecord) -> None:
         """Have the model in memory. Raises ModeldError."""

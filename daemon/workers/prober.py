@@ -1,28 +1,56 @@
 """Asks each backend, in a child of its own, what it can do here. Answers are kept.
 
-A backend that crashes, hangs or can't be imported becomes a Probe with a reason.
+A backend that crashes, hangs or can't be imported becomes a Probe with a reason. What a working
+engine said is remembered over restarts, until another version of it is installed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Protocol
+
+import msgspec
 
 from backends import wire
 from backends.contract import Probe
 from backends.registry import Registry
+from daemon import __version__
 from daemon.workers.child import Child, describe_exit
 
 _TIMEOUT_S = 30.0
 log = logging.getLogger(__name__)
 
 
+class Memory(Protocol):
+    """Where texts are kept over restarts, by key."""
+
+    def setting(self, key: str) -> str | None:
+        """Return the text of `key`, or None."""
+        ...
+
+    def set_setting(self, key: str, value: str) -> None:
+        """Keep a text."""
+        ...
+
+
+class _Remembered(msgspec.Struct, frozen=True):
+    """A probe and what it was true of."""
+
+    stamp: str
+    probe: Probe
+
+
 class Probers:
     """What the backends of `registry` can do here, found out once and when first asked."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, memory: Memory) -> None:
         self._registry = registry
+        self._memory = memory
         self._probes: dict[str, asyncio.Task[Probe]] = {}
 
     async def ask(self, names: Iterable[str]) -> dict[str, Probe]:
@@ -30,7 +58,7 @@ class Probers:
         names = list(names)
         for name in names:
             if name not in self._probes:
-                self._probes[name] = asyncio.create_task(self._probe(name))
+                self._probes[name] = asyncio.create_task(self._remembered_or_asked(name))
         tasks = {name: self._probes[name] for name in names}
         if tasks:
             await asyncio.wait(tasks.values())
@@ -56,6 +84,29 @@ class Probers:
             for name, reason in self._registry.broken.items()
         ]
         return [*probes.values(), *broken]
+
+    async def _remembered_or_asked(self, name: str) -> Probe:
+        key, stamp = f"probe:{name}", self._stamp(name)
+        text = self._memory.setting(key) if stamp else None
+        if text is not None:
+            with contextlib.suppress(msgspec.DecodeError):
+                known = msgspec.json.decode(text, type=_Remembered)
+                if known.stamp == stamp:
+                    return known.probe
+        probe = await self._probe(name)
+        if stamp and probe.available:
+            remembered = msgspec.json.encode(_Remembered(stamp, probe)).decode()
+            self._memory.set_setting(key, remembered)
+        return probe
+
+    def _stamp(self, name: str) -> str:
+        """Return what a backend's probe depends on: its code, its engine, the interpreter."""
+        distribution = getattr(self._registry.classes[name], "distribution", "")
+        try:
+            engine = version(distribution) if distribution else ""
+        except PackageNotFoundError:
+            engine = ""
+        return f"{__version__} {distribution} {engine} {sys.version}" if engine else ""
 
     async def _probe(self, name: str) -> Probe:
         path = self._registry.paths[name]

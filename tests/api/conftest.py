@@ -29,11 +29,16 @@ def config() -> Config:
 
 
 @pytest.fixture
+def registry() -> Registry:
+    """The backends of the application; a test module may override this fixture."""
+    return Registry({"reference": "reference_backend:ReferenceBackend"})
+
+
+@pytest.fixture
 async def client(
-    tmp_path: Path, config: Config, aiohttp_client: AiohttpClient
+    tmp_path: Path, config: Config, registry: Registry, aiohttp_client: AiohttpClient
 ) -> AsyncIterator[Client]:
     """A client of an application whose one backend is the reference backend."""
-    registry = Registry({"reference": "reference_backend:ReferenceBackend"})
     data_dir = tmp_path / "modeld"
     data_dir.mkdir()
     async with service.running_services(config, data_dir, registry) as services:

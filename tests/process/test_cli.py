@@ -60,6 +60,16 @@ def test_backends_are_shown_with_versions(daemon):
     assert "xllamacpp" in daemon.command("backends").stdout
 
 
+def test_the_choice_of_an_engine_is_explained(daemon):
+    refused = daemon.command("explain", SAMPLE)
+    assert refused.returncode == 1 and "modeld pull" in refused.stderr
+    daemon.download()
+    shown = daemon.command("explain", SAMPLE).stdout
+    chosen = [line for line in shown.splitlines() if line.startswith("→")]
+    assert len(chosen) == 1 and "xllamacpp" in chosen[0] and "llama_cpp" in shown
+    assert json.loads(daemon.command("explain", SAMPLE, "--json").stdout)["chosen"] == "xllamacpp"
+
+
 def test_names_are_found_without_case_and_by_id(daemon):
     model_id = daemon.model()["id"]
     for name in (SAMPLE.upper(), model_id, model_id.upper()):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from backends.registry import Registry
+from daemon.catalog.database import Catalog
 from daemon.workers import prober
 from daemon.workers.prober import Probers
 
@@ -59,17 +60,19 @@ def add_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AddBackend:
 
 
 @pytest.fixture
-async def probers() -> AsyncIterator[Callable[[dict[str, str]], Probers]]:
+async def probers(tmp_path: Path) -> AsyncIterator[Callable[[dict[str, str]], Probers]]:
     """Make the probers of a registry; they are closed after the test."""
     made: list[Probers] = []
 
     def make(paths: dict[str, str]) -> Probers:
-        made.append(Probers(Registry(paths)))
+        made.append(Probers(Registry(paths), catalog))
         return made[-1]
 
+    catalog = Catalog(tmp_path / "catalog.db")
     yield make
     for each in made:
         await each.close()
+    catalog.close()
 
 
 async def ask(probers: Probers, *names: str):
@@ -209,3 +212,67 @@ async def test_closing_ends_what_is_being_asked_and_tells_who_waits(probers, add
         probes = await waiting
     assert "stopping" in probes["slow"].reason
     assert not running_probers()
+
+
+# memory over restarts
+
+VERSIONED = """
+from reference_backend import ReferenceBackend
+from backends.contract import Probe
+
+class Backend(ReferenceBackend):
+    name = "versioned"
+    distribution = "versioned-engine"
+
+    @classmethod
+    def probe(cls):
+        with open({log!r}, "a") as file:
+            file.write("probed\\n")
+        return Probe(backend="versioned", available={available}, version="1", reason="")
+"""
+
+
+@pytest.fixture
+def versioned(tmp_path, monkeypatch):
+    """A backend whose engine is an installed distribution: `versioned(version, available)`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{TESTS}")
+    log = tmp_path / "probes.log"
+    log.touch()
+
+    def install(version: str, *, available: bool = True) -> dict[str, str]:
+        (tmp_path / "versioned_backend.py").write_text(
+            VERSIONED.format(log=str(log), available=available)
+        )
+        for old in tmp_path.glob("versioned_engine-*.dist-info"):
+            (old / "METADATA").unlink()
+            old.rmdir()
+        info = tmp_path / f"versioned_engine-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: versioned-engine\nVersion: {version}\n")
+        return {"versioned": "versioned_backend:Backend"}
+
+    install.count = lambda: len(log.read_text().splitlines())
+    return install
+
+
+async def test_a_working_engine_is_asked_once_for_each_version(probers, versioned):
+    """Each `probers(…)` is another start of the daemon on the same data."""
+    for _ in range(2):
+        assert (await probers(versioned("1.0")).ask(["versioned"]))["versioned"].available
+    assert versioned.count() == 1
+    assert (await probers(versioned("1.1")).ask(["versioned"]))["versioned"].available
+    assert versioned.count() == 2
+
+
+async def test_an_engine_that_does_not_work_is_asked_at_every_start(probers, versioned):
+    for _ in range(2):
+        probes = await probers(versioned("1.0", available=False)).ask(["versioned"])
+        assert not probes["versioned"].available
+    assert versioned.count() == 2
+
+
+async def test_a_backend_of_no_distribution_is_asked_at_every_start(probers, tmp_path):
+    for _ in range(2):
+        probes = await probers({"reference": PATHS["reference"]}).ask(["reference"])
+        assert probes["reference"].available
