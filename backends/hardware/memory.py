@@ -1,0 +1,66 @@
+"""RAM, swap, the limits set on this process, and whether the kernel reports memory pressure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from backends.hardware import cgroups, files
+
+ROOT = Path("/")
+_PSUTIL = "psutil"
+
+
+def _meminfo(root: Path, name: str) -> int | None:
+    kib = files.integer(files.fields(root / "proc/meminfo", ":").get(name, "").removesuffix(" kB"))
+    return None if kib is None else kib * 1024
+
+
+def _told(ask: Callable[[], int]) -> int:
+    """Return what the operating system's library says, 0 if it can't."""
+    try:
+        return int(ask())
+    except Exception:  # noqa: BLE001 - it raises all kinds where /proc is not as it expects
+        return 0
+
+
+def installed(root: Path = ROOT) -> tuple[int, str]:
+    """Return the computer's RAM in bytes, whoever may use it, and where that was read."""
+    total = _meminfo(root, "MemTotal")
+    if total:
+        return total, "/proc/meminfo MemTotal"
+    return _told(lambda: psutil.virtual_memory().total), _PSUTIL
+
+
+def swap(root: Path = ROOT) -> tuple[int, str]:
+    """Return the bytes of swap, and where that was read."""
+    total = _meminfo(root, "SwapTotal")
+    if total is not None:
+        return total, "/proc/meminfo SwapTotal"
+    return _told(lambda: psutil.swap_memory().total), _PSUTIL
+
+
+def pressure(root: Path = ROOT) -> bool:
+    """Say whether /proc/pressure/memory can be read: it is there but fails if PSI is off."""
+    return (files.text(root / "proc/pressure/memory") or "").startswith("some ")
+
+
+def ram_bytes(root: Path = ROOT) -> int:
+    """Return the RAM that this process may ever use: physical, or its cgroups' limit if less.
+
+    `root` is where /proc and /sys are.
+    """
+    total, _ = installed(root)
+    limit = cgroups.memory_limit(root)
+    return min(total, limit[0]) if limit else total
+
+
+def available_bytes(root: Path = ROOT) -> int:
+    """Return the RAM that could be used right now without pushing anything out."""
+    available = _meminfo(root, "MemAvailable")
+    if available is None:
+        available = _told(lambda: psutil.virtual_memory().available)
+    left = cgroups.available_bytes(root)
+    return available if left is None else min(available, left)
