@@ -19,11 +19,13 @@ MIB = 1024 * 1024
 DEFAULT_CONTEXT_LENGTH = 4096
 _DEFAULT_SLOTS = (4, 2, 1)
 _KV_BYTES_PER_ELEMENT = 2  # f16
-_RUNTIME_BYTES = 40 * MIB  # interpreter, engine and its tables, measured with no model loaded
+# The interpreter with its engine: 14 MiB (xllamacpp) and 24 MiB (llama_cpp) were measured with no model
+# loaded; the rest is for what an engine allocates beside the buffers that are named.
+_RUNTIME_BYTES = 40 * MIB
 
 # A batch of the prompt must not take over 1 s, since it can't be interrupted. Reading a token costs
-# 2 floating-point operations a parameter; one thread did at least 20e9 a second where this was
-# measured, and half a second is aimed at.
+# 2 floating-point operations a parameter; one thread did 31e9 a second on a quiet machine and 15e9
+# on a busy one (SmolLM2-135M, batches of 64), and half a second is aimed at.
 _PREFILL_SECONDS = 0.5
 _FLOPS_PER_THREAD = 20e9
 _MIN_BATCH = 4  # the default slots: an engine must be able to decode one token for each at a time

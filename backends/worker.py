@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from backends import wire
 from backends.child import Channel, attach
@@ -43,9 +45,9 @@ class Worker:
                 case wire.Shutdown():
                     return
 
-    def _start(self, target: object, message: object) -> None:
+    def _start(self, target: Callable[[Any], None], message: wire.Message) -> None:
         # Every call into an engine is on a thread of its own, so that this one always reads on.
-        threading.Thread(target=target, args=(message,), daemon=True).start()  # type: ignore[arg-type]
+        threading.Thread(target=target, args=(message,), daemon=True).start()
 
     def _load(self, message: wire.Load) -> None:
         try:

@@ -181,8 +181,10 @@ async def test_an_unload_ends_the_requests_that_wait(client, add_model):
     assert (await client.post("/v1/chat/completions", json=ask("again"))).status == 200
 
 
-async def test_a_request_after_an_unload_of_a_loading_model_loads_it_anew(client, add_model):
-    await add_model("slowly", test_load="slow 1")
+async def test_a_request_after_an_unload_of_a_loading_model_loads_it_anew(
+    client, add_model, services
+):
+    model_id = await add_model("slowly", test_load="slow 1")
     loading = asyncio.create_task(client.post("/modeld/v1/models/slowly/load"))
 
     async def begun():
@@ -190,13 +192,11 @@ async def test_a_request_after_an_unload_of_a_loading_model_loads_it_anew(client
 
     await until(begun)
     unloading = asyncio.create_task(client.post("/modeld/v1/models/slowly/unload"))
-    await asyncio.sleep(0)
-    response = await client.post("/v1/chat/completions", json=ask("hello", model="slowly"))
-    await unloading
-    assert response.status in (200, 409)
-    assert (await loading).status == 409
+    await services.models._residents[model_id].unload_wanted.wait()
     response = await client.post("/v1/chat/completions", json=ask("hello", model="slowly"))
     assert response.status == 200
+    assert (await unloading).status == 200
+    assert (await loading).status == 409
 
 
 async def test_after_close_nothing_is_loaded_or_downloaded(client, add_model, services):
