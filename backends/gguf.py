@@ -19,8 +19,8 @@ MIB = 1024 * 1024
 DEFAULT_CONTEXT_LENGTH = 4096
 _DEFAULT_SLOTS = (4, 2, 1)
 _KV_BYTES_PER_ELEMENT = 2  # f16
-# The interpreter with its engine, which took 14 MiB (xllamacpp) and 24 MiB (llama_cpp) with no model
-# loaded, and what an engine allocates beside the buffers that are named.
+# The interpreter with its engine, which took 14 MiB (xllamacpp) and 24 MiB (llama_cpp) without a
+# model, and what an engine allocates beside the buffers that are named.
 _RUNTIME_BYTES = 40 * MIB
 
 # A batch of the prompt must not take over 1 s, since it can't be interrupted. Reading a token costs
