@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from backends.contract import (
     LoadOptions,
     LoadSpec,
     MemoryEstimate,
+    Option,
     Probe,
     Progress,
     Sampling,
@@ -68,6 +69,7 @@ class LlamaCpp:
 
     name: ClassVar[str] = "llama_cpp"
     formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
+    options: ClassVar[Mapping[str, Option]] = {}
     distribution: ClassVar[str] = "llama-cpp-python"
 
     def __init__(self) -> None:

@@ -58,8 +58,36 @@ class Chat(Message):
     request: contract.ChatRequest
 
 
+class Complete(Message):
+    """Start a generation from bare text; answered like Chat."""
+
+    id: int
+    request: contract.CompleteRequest
+
+
+class Embed(Message):
+    """Turn texts into vectors; answered by Embedded or Error with the same id."""
+
+    id: int
+    request: contract.EmbedRequest
+
+
+class Rerank(Message):
+    """Score documents; answered by Reranked or Error with the same id."""
+
+    id: int
+    request: contract.RerankRequest
+
+
+class Classify(Message):
+    """Label texts; answered by Classified or Error with the same id."""
+
+    id: int
+    request: contract.ClassifyRequest
+
+
 class Cancel(Message):
-    """End request `id` soon; it still gets its Done."""
+    """End request `id` soon; it still gets its last answer."""
 
     id: int
 
@@ -100,7 +128,28 @@ class Done(Message):
     """Request `id` has ended, and its slot is free."""
 
     id: int
-    done: contract.Done
+    result: contract.Done
+
+
+class Embedded(Message):
+    """Request `id` has ended with these vectors (base64 of little-endian float32 in the JSON)."""
+
+    id: int
+    result: contract.Embeddings
+
+
+class Reranked(Message):
+    """Request `id` has ended with these scores."""
+
+    id: int
+    result: contract.Scores
+
+
+class Classified(Message):
+    """Request `id` has ended with these labels."""
+
+    id: int
+    result: contract.Classes
 
 
 class Pong(Message):
@@ -118,8 +167,10 @@ class Probed(Message):
     probe: contract.Probe
 
 
-ToWorker = Load | Chat | Cancel | Ping | Shutdown
-FromWorker = Hello | Error | Progress | Loaded | Delta | Done | Pong
+Ask = Chat | Complete | Embed | Rerank | Classify
+Result = Done | Embedded | Reranked | Classified
+ToWorker = Load | Ask | Cancel | Ping | Shutdown
+FromWorker = Hello | Error | Progress | Loaded | Delta | Result | Pong
 FromProber = Hello | Error | Probed
 
 

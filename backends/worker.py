@@ -11,13 +11,21 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from backends import wire
 from backends.child import Channel, attach
-from backends.contract import Backend, BackendError
+from backends.contract import Backend, BackendError, Delta, Task
 from backends.registry import load_class
+
+_RESULTS: dict[type[wire.Message], type[wire.Message]] = {
+    wire.Chat: wire.Done,
+    wire.Complete: wire.Done,
+    wire.Embed: wire.Embedded,
+    wire.Rerank: wire.Reranked,
+    wire.Classify: wire.Classified,
+}
 
 
 class Worker:
@@ -27,6 +35,7 @@ class Worker:
         self._channel = channel
         self._backend = backend
         self._slots = 0
+        self._tasks: tuple[Task, ...] = ()
         self._running: dict[int, threading.Event] = {}
         self._lock = threading.Lock()
 
@@ -36,7 +45,7 @@ class Worker:
             match message:
                 case wire.Load():
                     self._start(self._load, message)
-                case wire.Chat():
+                case wire.Chat() | wire.Complete() | wire.Embed() | wire.Rerank() | wire.Classify():
                     self._admit(message)
                 case wire.Cancel():
                     self._cancel(message.id)
@@ -60,17 +69,17 @@ class Worker:
             traceback.print_exc()
             self._channel.send(wire.Error(code="load_failed", message=repr(error)))
         else:
-            self._slots = model.slots
+            self._slots, self._tasks = model.slots, model.tasks
             self._channel.send(wire.Loaded(model=model))
 
-    def _admit(self, message: wire.Chat) -> None:
+    def _admit(self, message: wire.Ask) -> None:
         with self._lock:
             if len(self._running) >= self._slots:
                 text = f"all {self._slots} slots are taken"
                 self._channel.send(wire.Error(id=message.id, code="engine_error", message=text))
                 return
             self._running[message.id] = threading.Event()
-        self._start(self._chat, message)
+        self._start(self._answer, message)
 
     def _cancel(self, request_id: int) -> None:
         with self._lock:
@@ -78,10 +87,10 @@ class Worker:
         if event is not None:
             event.set()
 
-    def _chat(self, message: wire.Chat) -> None:
-        cancelled = self._running[message.id]
+    def _answer(self, message: wire.Ask) -> None:
         try:
-            answer = self._generate(message, cancelled)
+            result = self._result(message, self._running[message.id].is_set)
+            answer = _RESULTS[type(message)](id=message.id, result=result)
         except BackendError as error:
             answer = wire.Error(id=message.id, code=error.code, message=error.message)
         except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
@@ -90,16 +99,31 @@ class Worker:
         # The slot is free before the daemon hears of it, or its next request would find none.
         with self._lock:
             del self._running[message.id]
-        self._channel.send(answer)
+        self._send_last(message.id, answer)
 
-    def _generate(self, message: wire.Chat, cancelled: threading.Event) -> wire.Done | wire.Error:
-        generation = self._backend.chat(message.request, cancelled.is_set)
+    def _result(self, message: wire.Ask, cancelled: Callable[[], bool]) -> Any:
+        """Have the backend do it; send its deltas, if there are any, and return the result."""
+        task = type(message).__name__.lower()
+        if task not in self._tasks:
+            can = ", ".join(self._tasks)
+            raise BackendError(
+                "invalid_request", f"this model cannot do {task!r} requests; it can do: {can}"
+            )
+        working = getattr(self._backend, task)(message.request, cancelled)
+        if not isinstance(working, Generator):
+            return working
         while True:
             try:
-                delta = next(generation)
+                delta: Delta = next(working)
             except StopIteration as end:
-                return wire.Done(id=message.id, done=end.value)
+                return end.value
             self._channel.send(wire.Delta(id=message.id, delta=delta))
+
+    def _send_last(self, request_id: int, answer: wire.Message) -> None:
+        try:
+            self._channel.send(answer)
+        except wire.ProtocolError as error:  # too long for a line: the request is owed an end
+            self._channel.send(wire.Error(id=request_id, code="engine_error", message=str(error)))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from backends.contract import (
     LoadOptions,
     LoadSpec,
     MemoryEstimate,
+    Option,
     Probe,
     Progress,
     Sampling,
@@ -96,6 +97,7 @@ class Xllamacpp:
 
     name: ClassVar[str] = "xllamacpp"
     formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
+    options: ClassVar[Mapping[str, Option]] = {}
     distribution: ClassVar[str] = "xllamacpp"
     max_slots: ClassVar[int] = 64
 

@@ -26,6 +26,7 @@ from backends.contract import (
     LoadOptions,
     LoadSpec,
     MemoryEstimate,
+    Option,
     Probe,
     Progress,
     Task,
@@ -37,6 +38,7 @@ class ReferenceBackend:
     name: ClassVar[str] = "reference"
     formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
     distribution: ClassVar[str] = ""
+    options: ClassVar[dict[str, Option]] = {}
     slots = 2
 
     @classmethod

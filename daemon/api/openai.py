@@ -18,7 +18,6 @@ from daemon.api.openai_types import ChatBody
 from daemon.api.sse import EventStream
 from daemon.catalog.record import ModelRecord
 from daemon.errors import EngineError, ModeldError
-from daemon.workers.worker import Answer
 
 
 def routes() -> list[web.RouteDef]:
@@ -108,7 +107,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     if body.stream:
         return await _stream(request, parts, record, body)
     pieces: list[str] = []
-    async with parts.models.chat(record, body.to_backend()) as answers:
+    async with parts.models.generate(record, body.to_backend()) as answers:
         async for answer in answers:
             if isinstance(answer, Done):
                 _check_ended_by_itself(answer)
@@ -131,8 +130,10 @@ async def _stream(
     include_usage = body.stream_options is not None and body.stream_options.include_usage
     async with contextlib.AsyncExitStack() as stack:
 
-        async def begin() -> tuple[Answer, AsyncIterator[Answer]]:
-            answers = await stack.enter_async_context(parts.models.chat(record, body.to_backend()))
+        async def begin() -> tuple[Delta | Done, AsyncIterator[Delta | Done]]:
+            answers = await stack.enter_async_context(
+                parts.models.generate(record, body.to_backend())
+            )
             return await anext(answers), answers
 
         try:
@@ -150,7 +151,7 @@ async def _stream(
 
 
 async def _send(
-    stream: EventStream, completion: Completion, answer: Answer, *, include_usage: bool
+    stream: EventStream, completion: Completion, answer: Delta | Done, *, include_usage: bool
 ) -> None:
     if isinstance(answer, Delta):
         await stream.send(completion.chunk({"content": answer.content}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from backends.contract import Artifact
@@ -39,6 +41,8 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     artifact: Artifact | None = None
     revision: str = ""
     backend: str = ""
+    options: dict[str, Any] = {}
+    cloud: bool = False
 
     @property
     def downloaded(self) -> bool:

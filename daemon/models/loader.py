@@ -13,17 +13,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.contract import Artifact, Hardware, LoadOptions, LoadSpec, MemoryEstimate
+from backends.contract import (
+    Artifact,
+    BackendError,
+    Hardware,
+    LoadOptions,
+    LoadSpec,
+    MemoryEstimate,
+)
 from backends.registry import Candidate, Registry
 from daemon.catalog.record import ModelRecord
 from daemon.config import Models as ModelSettings
-from daemon.errors import BackendUnavailable, LoadFailed, ModelNotDownloaded, WorkerCrashed
+from daemon.errors import (
+    BackendUnavailable,
+    InvalidRequest,
+    LoadFailed,
+    ModelNotDownloaded,
+    WorkerCrashed,
+)
 from daemon.memory.ledger import Ledger
 from daemon.memory.measure import worker_memory
 from daemon.models.resident import Instance
 from daemon.store import Store, check_unchanged
 from daemon.workers.prober import Probers
-from daemon.workers.worker import Worker
+from daemon.workers.worker import Worker, error_from
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +97,7 @@ class Loader:
         for candidate in await self._usable(record, record.artifact):
             try:
                 return await self._load_with(candidate.backend, record, record.artifact, watch)
-            except (LoadFailed, WorkerCrashed) as error:
+            except (LoadFailed, WorkerCrashed, InvalidRequest) as error:
                 log.warning("model=%s backend=%s %s", record.unique, candidate.backend, error)
                 failures.append(f"{candidate.backend}: {error.message}")
         raise LoadFailed(f"{record.unique} could not be loaded. {'; '.join(failures)}")
@@ -134,18 +147,22 @@ class Loader:
             raise BackendUnavailable(f"no backend can run this model here. {reasons}")
         return usable
 
-    def _options(self) -> LoadOptions:
+    def _options(self, record: ModelRecord) -> LoadOptions:
         return LoadOptions(
             context_length=self._settings.context_length or None,
             slots=self._settings.slots or None,
             threads=self._hardware.physical_cores,
+            engine=dict(record.options),
         )
 
     async def _load_with(
         self, backend: str, record: ModelRecord, artifact: Artifact, watch: Watch
     ) -> Instance:
-        options = self._options()
-        estimate = self._registry.classes[backend].estimate(artifact, options)
+        options = self._options(record)
+        try:
+            estimate = self._registry.classes[backend].estimate(artifact, options)
+        except BackendError as error:
+            raise error_from(error.code, error.message) from error
         self._ledger.reserve(record.id, record.unique, estimate.total_bytes)
         watch.chosen(backend, estimate)
         scratch: Path | None = None
@@ -160,6 +177,8 @@ class Loader:
                 slots=estimate.slots,
                 threads=options.threads,
                 scratch_dir=str(scratch),
+                placement=estimate.placement,
+                engine=options.engine,
             )
             loaded = await worker.load(
                 spec, timeout_s=self._settings.load_timeout_s, progress=watch.progress

@@ -11,14 +11,28 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
-from backends.contract import ChatRequest, MemoryEstimate
+from backends.contract import (
+    ChatRequest,
+    Classes,
+    ClassifyRequest,
+    CompleteRequest,
+    Delta,
+    Done,
+    Embeddings,
+    EmbedRequest,
+    MemoryEstimate,
+    Request,
+    RerankRequest,
+    Scores,
+)
 from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
 from daemon.config import Models as ModelSettings
 from daemon.errors import (
     Conflict,
+    EngineError,
     InternalError,
     LoadFailed,
     LoadTimeout,
@@ -35,6 +49,7 @@ _DRAIN_S = 5.0  # how long an unload waits for work in flight before it ends it
 _ENDED_BY_UNLOAD = "the model was unloaded while it answered"
 _STOPPING = "modeld is stopping"
 log = logging.getLogger(__name__)
+T = TypeVar("T", Embeddings, Scores, Classes)
 
 
 class ModelManager:
@@ -200,14 +215,47 @@ class ModelManager:
     # asking
 
     @contextlib.asynccontextmanager
-    async def chat(
-        self, record: ModelRecord, request: ChatRequest
-    ) -> AsyncIterator[AsyncIterator[Answer]]:
+    async def generate(
+        self, record: ModelRecord, request: ChatRequest | CompleteRequest
+    ) -> AsyncIterator[AsyncIterator[Delta | Done]]:
         """Hold the model, load it if need be, take a slot, and give the answers.
 
         The model and the slot are held until the engine is done with the request, also when the
         caller leaves early. Raises ModeldError; so do the answers.
         """
+
+        async def typed(answers: AsyncIterator[Answer]) -> AsyncIterator[Delta | Done]:
+            async for answer in answers:
+                if not isinstance(answer, Delta | Done):
+                    raise EngineError(f"the engine answered with {type(answer).__name__}")
+                yield answer
+
+        async with self._ask(record, request) as answers:
+            yield typed(answers)
+
+    async def embed(self, record: ModelRecord, request: EmbedRequest) -> Embeddings:
+        """Return a vector for each input. Raises ModeldError."""
+        return await self._result(record, request, Embeddings)
+
+    async def rerank(self, record: ModelRecord, request: RerankRequest) -> Scores:
+        """Return a score for each document. Raises ModeldError."""
+        return await self._result(record, request, Scores)
+
+    async def classify(self, record: ModelRecord, request: ClassifyRequest) -> Classes:
+        """Return the labels of each input. Raises ModeldError."""
+        return await self._result(record, request, Classes)
+
+    async def _result(self, record: ModelRecord, request: Request, expected: type[T]) -> T:
+        async with self._ask(record, request) as answers:
+            async for answer in answers:
+                if isinstance(answer, expected):
+                    return answer
+        raise EngineError("the engine ended the request without a result")
+
+    @contextlib.asynccontextmanager
+    async def _ask(
+        self, record: ModelRecord, request: Request
+    ) -> AsyncIterator[AsyncIterator[Answer]]:
         resident = self._resident(record)
         if resident.waiting >= self._settings.queue_limit:
             raise QueueFull(

@@ -20,10 +20,17 @@ _STOP_GRACE_S = 2.0
 _EXIT_GRACE_S = 5.0  # between the end of its channel and the end of a process
 log = logging.getLogger(__name__)
 
-Answer = contract.Delta | contract.Done
+Answer = contract.Answer
+_MESSAGES: dict[type[contract.Request], type[wire.Ask]] = {
+    contract.ChatRequest: wire.Chat,
+    contract.CompleteRequest: wire.Complete,
+    contract.EmbedRequest: wire.Embed,
+    contract.RerankRequest: wire.Rerank,
+    contract.ClassifyRequest: wire.Classify,
+}
 
 
-def error_from(error: wire.Error) -> errors.ModeldError:
+def error_from(code: str, message: str) -> errors.ModeldError:
     """Return the daemon's error for what a backend reported."""
     kinds: dict[str, type[errors.ModeldError]] = {
         cls.code: cls
@@ -34,7 +41,7 @@ def error_from(error: wire.Error) -> errors.ModeldError:
             errors.EngineError,
         )
     }
-    return kinds.get(error.code, errors.EngineError)(error.message)
+    return kinds.get(code, errors.EngineError)(message)
 
 
 class Request:
@@ -100,18 +107,19 @@ class Worker:
         """Return the first line of the engine's output that speaks of an error, once it is over."""
         return self._child.first_complaint()
 
-    def submit(self, request: contract.ChatRequest) -> tuple[int, Request]:
+    def submit(self, request: contract.Request) -> tuple[int, Request]:
         """Send a request. The caller keeps within the model's slots."""
         request_id = next(self._ids)
         entry = self._requests[request_id] = Request()
-        self._child.send(wire.Chat(id=request_id, request=request))
+        message = _MESSAGES[type(request)]
+        self._child.send(message(id=request_id, request=request))  # type: ignore[arg-type]
         if self._child.exited.done():
             self._fail(request_id, self._ending())
         return request_id, entry
 
     @staticmethod
     async def answers(request: Request) -> AsyncIterator[Answer]:
-        """Yield the request's deltas, then its Done. Raises ModeldError.
+        """Yield the request's deltas, then its result. Raises ModeldError.
 
         Whoever stops iterating early must call `cancel`.
         """
@@ -120,7 +128,7 @@ class Worker:
             if isinstance(answer, errors.ModeldError):
                 raise answer
             yield answer
-            if isinstance(answer, contract.Done):
+            if not isinstance(answer, contract.Delta):
                 return
 
     async def cancel(self, request_id: int) -> None:
@@ -155,12 +163,14 @@ class Worker:
                     self._loaded.set_result(message.model)
                 case wire.Delta() if message.id in self._requests:
                     self._requests[message.id].answers.put_nowait(message.delta)
-                case wire.Done() if message.id in self._requests:
-                    self._requests.pop(message.id).finish(message.done)
+                case wire.Done() | wire.Embedded() | wire.Reranked() | wire.Classified() if (
+                    message.id in self._requests
+                ):
+                    self._requests.pop(message.id).finish(message.result)
                 case wire.Error(id=None) if not self._loaded.done():
-                    self._loaded.set_exception(error_from(message))
+                    self._loaded.set_exception(error_from(message.code, message.message))
                 case wire.Error(id=int() as request_id):
-                    self._fail(request_id, error_from(message))
+                    self._fail(request_id, error_from(message.code, message.message))
                 case _:
                     log.debug("model=%s said %r", self.name, message)
         # Its channel has ended, so it can't be asked anything any more.

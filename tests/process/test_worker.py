@@ -259,7 +259,7 @@ async def test_a_request_before_the_load_is_an_error(start):
     ],
 )
 def test_a_backend_s_code_becomes_the_daemon_s_error(code, kind):
-    error = error_from(wire.Error(code=code, message="why"))
+    error = error_from(code, "why")
     assert type(error) is kind and error.message == "why"
 
 

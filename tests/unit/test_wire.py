@@ -72,13 +72,13 @@ MESSAGES = [
         wire.Delta(id=1, delta=contract.Delta(content="\x00\r\n\u2028🙂")),
         wire.Done(
             id=1,
-            done=contract.Done(
+            result=contract.Done(
                 finish_reason="length",
                 usage=contract.Usage(prompt_tokens=9, completion_tokens=2, cached_tokens=8),
                 timings=contract.Timings(prompt_ms=1.5, predicted_ms=0.25),
             ),
         ),
-        wire.Done(id=2, done=contract.Done(finish_reason="cancelled")),
+        wire.Done(id=2, result=contract.Done(finish_reason="cancelled")),
         wire.Pong(id=3),
     )
 ]

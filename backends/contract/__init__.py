@@ -1,0 +1,111 @@
+"""The contract between modeld and an inference engine.
+
+Owns the Backend protocol, the values that cross it and its errors. Knows no engine, no channel
+and no HTTP. Stdlib only: the daemon, the workers and third-party backends all import it.
+
+A request is shaped like OpenAI's; the other APIs translate at the edge.
+"""
+
+from __future__ import annotations
+
+from backends.contract.answers import (
+    Answer,
+    Classes,
+    Delta,
+    Done,
+    Embeddings,
+    Scores,
+    Timings,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+from backends.contract.backend import (
+    Backend,
+    Cancelled,
+    Chats,
+    Classifies,
+    Completes,
+    Embeds,
+    Generation,
+    Progress,
+    Reranks,
+)
+from backends.contract.errors import (
+    BackendError,
+)
+from backends.contract.machine import (
+    Gpu,
+    Hardware,
+    Probe,
+)
+from backends.contract.model import (
+    Artifact,
+    Fit,
+    LoadedModel,
+    LoadOptions,
+    LoadSpec,
+    MemoryEstimate,
+    ModelFile,
+    Placement,
+    Task,
+    Upstream,
+)
+from backends.contract.options import (
+    Option,
+    check_options,
+)
+from backends.contract.requests import (
+    ChatRequest,
+    ClassifyRequest,
+    CompleteRequest,
+    EmbedRequest,
+    Request,
+    RerankRequest,
+    Sampling,
+)
+
+__all__ = [
+    "Answer",
+    "Artifact",
+    "Backend",
+    "BackendError",
+    "Cancelled",
+    "ChatRequest",
+    "Chats",
+    "Classes",
+    "Classifies",
+    "ClassifyRequest",
+    "CompleteRequest",
+    "Completes",
+    "Delta",
+    "Done",
+    "EmbedRequest",
+    "Embeddings",
+    "Embeds",
+    "Fit",
+    "Generation",
+    "Gpu",
+    "Hardware",
+    "LoadOptions",
+    "LoadSpec",
+    "LoadedModel",
+    "MemoryEstimate",
+    "ModelFile",
+    "Option",
+    "Placement",
+    "Probe",
+    "Progress",
+    "Request",
+    "RerankRequest",
+    "Reranks",
+    "Sampling",
+    "Scores",
+    "Task",
+    "Timings",
+    "TokenLogprob",
+    "ToolCall",
+    "Upstream",
+    "Usage",
+    "check_options",
+]
