@@ -1,0 +1,44 @@
+"""What a build of llama.cpp can compute on, from what it says of itself. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from backends.contract import Hardware, Probe
+
+# The names of ggml's device backends begin so, with the number of the device behind it.
+_VENDORS = {
+    "CUDA": ("nvidia",),
+    "ROCm": ("amd",),
+    "HIP": ("amd",),
+    "MUSA": (),
+    "Metal": ("apple",),
+    "MTL": ("apple",),
+    "SYCL": ("intel",),
+    "Vulkan": ("nvidia", "amd", "intel"),
+}
+_GPU_BONUS = 30  # more than what lies between the engines on a CPU
+
+
+def instruction_sets(system_info: str) -> tuple[str, ...]:
+    """Return the names that are on in `CPU : SSE3 = 1 | AVX2 = 1 | …`, as llama.cpp prints it."""
+    return tuple(re.findall(r"(\w+) = 1\b", system_info))
+
+
+def gpu_vendors(devices: Iterable[str]) -> tuple[str, ...]:
+    """Return the vendors whose GPUs the engine's `devices` (`CUDA0`, `Vulkan1`, `CPU`) are."""
+    found = {
+        vendor
+        for device in devices
+        for prefix, vendors in _VENDORS.items()
+        if device.startswith(prefix)
+        for vendor in vendors
+    }
+    return tuple(sorted(found))
+
+
+def gpu_bonus(probe: Probe, hardware: Hardware) -> tuple[int, str]:
+    """Return what a build that can use a GPU of this computer scores on top, and the reason."""
+    usable = [gpu.name for gpu in hardware.gpus if gpu.vendor in probe.gpu_vendors]
+    return (_GPU_BONUS, f", can use {usable[0]}") if usable else (0, "")

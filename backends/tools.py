@@ -1,0 +1,119 @@
+"""Calls of tools that a request insists on, for any engine that can hold an answer to a schema.
+
+Engines differ in what `tool_choice` means to them, and chat templates in whether they know tools at
+all. So a call that is required is asked for in plain words and enforced by a JSON schema. Pure.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import replace
+from typing import Any
+
+from backends.contract import BackendError, ChatRequest, ToolCall
+
+
+def must_call(request: ChatRequest) -> tuple[dict[str, Any], ...]:
+    """Return the tools of which one has to be called; none if the request leaves it open.
+
+    Raises BackendError for a choice that names no tool of the request.
+    """
+    if request.tool_choice not in ("required", "function"):
+        return ()
+    if request.tool_choice == "required":
+        chosen = request.tools
+    else:
+        named = (tool for tool in request.tools if tool["function"]["name"] == request.tool_name)
+        chosen = tuple(named)
+    if not chosen:
+        wanted = request.tool_name or "a tool"
+        raise BackendError(
+            "invalid_request", f"tool_choice asks for {wanted!r}, which is not among the tools"
+        )
+    if request.sampling.json_schema is not None or request.sampling.grammar:
+        raise BackendError(
+            "invalid_request",
+            "tool_choice requires a call, which leaves no room for a response_format or a grammar",
+        )
+    return chosen
+
+
+def call_schema(tools: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """Return the JSON schema of one call: an object with `name` and `arguments`."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "arguments": tool["function"].get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def insisting(request: ChatRequest, tools: tuple[dict[str, Any], ...]) -> ChatRequest:
+    """Return the request that asks for a call of one of `tools`, and for nothing else."""
+    described = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    words = (
+        "Answer with a call of one of these functions, as one JSON object with the name of the "
+        f"function and its arguments.\n{described}"
+    )
+    messages = [dict(message) for message in request.messages]
+    if messages and messages[0]["role"] == "system" and isinstance(messages[0]["content"], str):
+        messages[0]["content"] += f"\n\n{words}"
+    else:
+        messages.insert(0, {"role": "system", "content": words})
+    return replace(
+        request,
+        messages=tuple(messages),
+        tools=(),
+        tool_choice="none",
+        sampling=replace(request.sampling, json_schema=call_schema(tools)),
+    )
+
+
+def parse_call(text: str) -> ToolCall | None:
+    """Return the call that an answer under `call_schema` is; None if the answer was cut short."""
+    try:
+        call = json.loads(text)
+    except ValueError:
+        return None
+    return ToolCall(
+        index=0,
+        id=f"call_{secrets.token_hex(12)}",
+        name=call["name"],
+        arguments=json.dumps(call["arguments"], ensure_ascii=False),
+    )
+
+
+def spelled_out(
+    messages: tuple[dict[str, Any], ...], chat_template: str
+) -> tuple[dict[str, Any], ...]:
+    """Return the messages with earlier calls written as text, if the template knows no calls."""
+    if "tool_calls" in chat_template:
+        return messages
+    plain = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if not calls:
+            plain.append(message)
+            continue
+        texts = [message["content"]] if message.get("content") else []
+        for call in calls:
+            function = call["function"]
+            named = {"name": function["name"], "arguments": _arguments(function["arguments"])}
+            texts.append(json.dumps(named, ensure_ascii=False))
+        plain.append({"role": message["role"], "content": "\n".join(texts)})
+    return tuple(plain)
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,266 @@
+"""The Backend over xllamacpp's server engine: continuous batching over slots, prompt cache.
+
+Owns what each task asks of the engine, and what is refused before the engine sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+from backends import builds, gguf, tools, vectors
+from backends.contract import (
+    Artifact,
+    BackendError,
+    Cancelled,
+    ChatRequest,
+    CompleteRequest,
+    Delta,
+    Done,
+    Embeddings,
+    EmbedRequest,
+    Fit,
+    Generation,
+    Hardware,
+    LoadedModel,
+    LoadOptions,
+    LoadSpec,
+    MemoryEstimate,
+    Option,
+    Probe,
+    Progress,
+    RerankRequest,
+    Sampling,
+    Scores,
+    Usage,
+)
+from backends.xllamacpp import bodies
+from backends.xllamacpp.chunks import chunks
+from backends.xllamacpp.listener import Listener
+from backends.xllamacpp.parameters import parameters
+
+_DISTRIBUTION = "xllamacpp"
+
+
+class Xllamacpp:
+    """See the module. Thread-safe: the engine batches what its slots ask for."""
+
+    name: ClassVar[str] = "xllamacpp"
+    formats: ClassVar[frozenset[str]] = frozenset({"gguf"})
+    distribution: ClassVar[str] = _DISTRIBUTION
+    options: ClassVar[Mapping[str, Option]] = gguf.OPTIONS
+    max_slots: ClassVar[int] = 64
+
+    def __init__(self) -> None:
+        self._server: Any = None
+        self._listener = Listener()
+        self._context_length = 0
+        self._slots = 0
+        self._infill_tokens: tuple[int, int, int] | None = None
+        self._chat_template = ""
+
+    @classmethod
+    def probe(cls) -> Probe:
+        """See Backend.probe."""
+        try:
+            import xllamacpp
+        except Exception as error:  # noqa: BLE001  a broken engine is a reason, not a crash
+            return Probe(
+                backend=cls.name,
+                available=False,
+                reason=f"xllamacpp cannot be imported ({error}); install it with: "
+                "pip install xllamacpp",
+            )
+        devices = tuple(device["name"] for device in xllamacpp.get_device_info())
+        return Probe(
+            backend=cls.name,
+            available=True,
+            version=version(_DISTRIBUTION),
+            devices=devices,
+            features=builds.instruction_sets(str(xllamacpp.get_system_info())),
+            gpu_vendors=builds.gpu_vendors(devices),
+        )
+
+    @classmethod
+    def fit(cls, artifact: Artifact, probe: Probe, hardware: Hardware) -> Fit:
+        """See Backend.fit: preferred for GGUF on a CPU."""
+        bonus, where = builds.gpu_bonus(probe, hardware)
+        return Fit(
+            score=90 + bonus,
+            tasks=gguf.tasks(artifact),
+            reason=f"xllamacpp {probe.version}: batches concurrent requests, prompt cache, tool "
+            f"calls{where}",
+        )
+
+    @classmethod
+    def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
+        """See Backend.estimate."""
+        gguf.check(cls.name, options.engine)
+        return gguf.estimate(artifact, options, max_slots=cls.max_slots)
+
+    def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
+        """See Backend.load."""
+        import xllamacpp
+
+        params = parameters(spec, gguf.check(self.name, spec.engine), self._listener)
+        try:
+            self._server = xllamacpp.Server(params)
+        except Exception as error:
+            raise BackendError("load_failed", str(error)) from error
+        self._context_length = spec.context_length
+        self._slots = spec.slots
+        self._infill_tokens = gguf.infill_tokens(spec.artifact)
+        self._chat_template = spec.artifact.chat_template
+        return LoadedModel(
+            tasks=gguf.tasks(spec.artifact),
+            slots=spec.slots,
+            context_length=spec.context_length,
+            engine_version=version(_DISTRIBUTION),
+        )
+
+    def chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
+        """See Chats.chat."""
+        if forced := tools.must_call(request):
+            return (yield from self._call(tools.insisting(request, forced), cancelled))
+        if request.tools and request.tool_choice == "auto" and "tools" not in self._chat_template:
+            raise BackendError(
+                "invalid_request",
+                "the chat template of this model knows no tools, so it can't choose to call one: "
+                "set tool_choice to `required` or to a function",
+            )
+        return (yield from self._chat(request, cancelled))
+
+    def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
+        gguf.refuse_hopeless(request, self._context_length)
+        body = bodies.chat_body(request)
+        body["messages"] = list(tools.spelled_out(request.messages, self._chat_template))
+        handle = self._server.handle_chat_completions
+        return (yield from self._generate(handle, body, request.sampling, cancelled))
+
+    def _call(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
+        """Answer with a call of a tool; with nothing if it was cut short."""
+        pieces = []
+        generation = self._chat(request, cancelled)
+        while True:
+            try:
+                pieces.append(next(generation).content)
+            except StopIteration as end:
+                done: Done = end.value
+                break
+        call = tools.parse_call("".join(pieces)) if done.finish_reason == "stop" else None
+        if call is None:
+            return done
+        yield Delta(tool_calls=(call,))
+        return Done(finish_reason="tool_calls", usage=done.usage, timings=done.timings)
+
+    def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
+        """See Completes.complete."""
+        gguf.refuse_hopeless(request, self._context_length)
+        body = bodies.complete_body(request, self._infill_tokens)
+        handle = self._server.handle_completions
+        return (yield from self._generate(handle, body, request.sampling, cancelled))
+
+    def _generate(
+        self,
+        handle: Callable[[dict[str, Any], Callable[[dict[str, Any]], bool]], None],
+        body: dict[str, Any],
+        sampling: Sampling,
+        cancelled: Cancelled,
+    ) -> Generation:
+        """Yield the deltas of the engine's chunks and return the end.
+
+        The engine calls back once a token and, since `return_progress` is set, once a batch of the
+        prompt: those are the moments at which a cancelled request ends.
+        """
+        final: dict[str, Any] = {}
+        finish_reason = ""
+        for chunk in chunks(handle, body, cancelled):
+            if "error" in chunk:
+                raise bodies.error(chunk["error"])
+            final = chunk if "usage" in chunk else final
+            for choice in chunk.get("choices", ()):
+                finish_reason = choice.get("finish_reason") or finish_reason
+                if (delta := bodies.delta(choice, sampling)) is not None:
+                    yield delta
+        if cancelled() and not final:
+            return Done(finish_reason="cancelled")
+        if not finish_reason:
+            raise BackendError("engine_error", "xllamacpp ended the answer without a reason")
+        return bodies.done(finish_reason, final)
+
+    def embed(self, request: EmbedRequest, cancelled: Cancelled) -> Embeddings:
+        """See Embeds.embed. As many texts go to the engine at once as it has slots."""
+        texts = self._fitting(request.inputs, truncate=request.truncate)
+        packed: list[bytes] = []
+        tokens = 0
+        for start in range(0, len(texts), self._slots):
+            _check_cancelled(cancelled)
+            answer = self._server.handle_embeddings({"input": texts[start : start + self._slots]})
+            if "error" in answer:
+                raise bodies.error(answer["error"])
+            tokens += bodies.usage(answer).prompt_tokens
+            found = sorted(answer["data"], key=lambda entry: int(entry["index"]))
+            packed += [vectors.pack(entry["embedding"], request.dimensions) for entry in found]
+        return Embeddings(
+            vectors=tuple(packed),
+            dimensions=len(packed[0]) // 4 if packed else 0,
+            usage=Usage(prompt_tokens=tokens),
+        )
+
+    def rerank(self, request: RerankRequest, cancelled: Cancelled) -> Scores:
+        """See Reranks.rerank."""
+        documents = self._fitting(request.documents, truncate=request.truncate, query=request.query)
+        scores = [0.0] * len(documents)
+        tokens = 0
+        for start in range(0, len(documents), self._slots):
+            _check_cancelled(cancelled)
+            batch = documents[start : start + self._slots]
+            answer = self._server.handle_rerank({"query": request.query, "documents": batch})
+            if "error" in answer:
+                raise bodies.error(answer["error"])
+            tokens += bodies.usage(answer).prompt_tokens
+            for entry in answer["results"]:
+                scores[start + entry["index"]] = entry["relevance_score"]
+        return Scores(scores=tuple(scores), usage=Usage(prompt_tokens=tokens))
+
+    def _fitting(self, texts: tuple[str, ...], *, truncate: bool, query: str = "") -> list[str]:
+        """Return the texts, those that are too long cut or refused, as `truncate` says.
+
+        `query` takes its share of every text's room. Raises BackendError.
+        """
+        room = self._context_length
+        used = len(self._tokens(query)) + 2 if query else 0  # what separates it from the text
+        fitting = []
+        for text in texts:
+            if not text:
+                raise BackendError("invalid_request", "one of the texts is empty")
+            if len(text) + used < room:  # a token has at least one character, or one of its bytes
+                fitting.append(text)
+                continue
+            tokens = self._tokens(text)
+            if len(tokens) + used <= room:
+                fitting.append(text)
+            elif truncate and used < room:
+                # The start and end marks are added again when the text is tokenized anew.
+                kept = {"tokens": tokens[1 : room - used - 2]}
+                fitting.append(str(self._listener.post("/detokenize", kept)["content"]))
+            else:
+                raise gguf.context_exceeded(len(tokens) + used, room)
+        return fitting
+
+    def _tokens(self, text: str) -> list[int]:
+        if len(text) > gguf.MAX_CHARS_PER_TOKEN * self._context_length:
+            text = text[: gguf.MAX_CHARS_PER_TOKEN * self._context_length]
+        body = {"content": text, "add_special": True}
+        return list(self._listener.post("/tokenize", body)["tokens"])
+
+    def close(self) -> None:
+        """See Backend.close."""
+        self._server = None
+        self._listener.close()
+
+
+def _check_cancelled(cancelled: Cancelled) -> None:
+    if cancelled():
+        raise BackendError("cancelled", "the request was cancelled")

@@ -1,0 +1,154 @@
+"""The engine's JSON: requests in, chunks of answers out. Pure.
+
+Its fields are those of llama.cpp's server (github.com/ggml-org/llama.cpp, tools/server/README.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backends import gguf
+from backends.contract import (
+    BackendError,
+    ChatRequest,
+    CompleteRequest,
+    Delta,
+    Done,
+    Sampling,
+    Timings,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+
+# A request that does not stream can't be cancelled, and progress is what calls back in a prompt.
+_ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
+_SAMPLING_FIELDS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repeat_penalty",
+    "json_schema",
+)
+
+
+def _sampling(sampling: Sampling) -> dict[str, Any]:
+    """Return the engine's fields for `sampling`, leaving its defaults alone."""
+    fields = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
+    chosen = {name: value for name, value in fields.items() if value is not None}
+    if sampling.json_schema == {}:
+        chosen["json_schema"] = {"type": "object"}
+    if sampling.stop:
+        chosen["stop"] = list(sampling.stop)
+    if sampling.ignore_eos:
+        chosen["ignore_eos"] = True
+    if sampling.grammar:
+        chosen["grammar"] = sampling.grammar
+    if sampling.logit_bias:
+        chosen["logit_bias"] = [[token, bias] for token, bias in sampling.logit_bias.items()]
+    return chosen
+
+
+def chat_body(request: ChatRequest) -> dict[str, Any]:
+    """Return the body for `handle_chat_completions`."""
+    body = {"messages": list(request.messages), **_ALWAYS, **_sampling(request.sampling)}
+    if request.sampling.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": max(1, request.sampling.logprobs)}
+    if request.tools:
+        body |= {
+            "tools": list(request.tools),
+            "tool_choice": request.tool_choice,
+            "parallel_tool_calls": request.parallel_tool_calls,
+        }
+    return body
+
+
+def complete_body(
+    request: CompleteRequest, infill_tokens: tuple[int, int, int] | None
+) -> dict[str, Any]:
+    """Return the body for `handle_completions`.
+
+    A suffix comes before the middle that is asked for: prefix, suffix, middle, each announced by
+    its own token. Raises BackendError for a suffix that the model has no tokens for.
+    """
+    prompt: Any = request.prompt
+    if request.suffix is not None:
+        if infill_tokens is None:
+            raise BackendError("invalid_request", "this model can't fill in: leave out `suffix`")
+        before, after, middle = infill_tokens
+        parts = (before, request.prompt, after, request.suffix, middle)
+        prompt = [part for part in parts if part != ""]
+    elif not prompt:
+        raise BackendError("invalid_request", "the prompt is empty")
+    body = {"prompt": prompt, **_ALWAYS, **_sampling(request.sampling)}
+    if request.sampling.logprobs is not None:
+        body["n_probs"] = max(1, request.sampling.logprobs)
+    return body
+
+
+def _logprob(entry: dict[str, Any], alternatives: int) -> TokenLogprob:
+    return TokenLogprob(
+        token=entry["token"],
+        logprob=entry["logprob"],
+        bytes=tuple(entry["bytes"]),
+        top=tuple(_logprob(top, 0) for top in entry.get("top_logprobs", ())[:alternatives]),
+    )
+
+
+def _tool_call(piece: dict[str, Any]) -> ToolCall:
+    function = piece.get("function") or {}
+    return ToolCall(
+        index=piece["index"],
+        id=piece.get("id") or "",
+        name=function.get("name") or "",
+        arguments=function.get("arguments") or "",
+    )
+
+
+def delta(choice: dict[str, Any], sampling: Sampling) -> Delta | None:
+    """Return what a choice of a chunk adds to the answer, or None if that is nothing."""
+    said = choice.get("delta") or {"content": choice.get("text")}
+    entries = (choice.get("logprobs") or {}).get("content") or ()
+    found = Delta(
+        content=said.get("content") or "",
+        reasoning=said.get("reasoning_content") or "",
+        tool_calls=tuple(_tool_call(piece) for piece in said.get("tool_calls") or ()),
+        logprobs=tuple(_logprob(entry, sampling.logprobs or 0) for entry in entries),
+    )
+    return None if found == Delta() else found
+
+
+def done(finish_reason: str, final: dict[str, Any]) -> Done:
+    """Return the end of a generation, from its last chunk."""
+    timings = final.get("timings") or {}
+    return Done(
+        finish_reason=finish_reason,
+        usage=usage(final),
+        timings=Timings(
+            prompt_ms=timings.get("prompt_ms", 0.0), predicted_ms=timings.get("predicted_ms", 0.0)
+        ),
+    )
+
+
+def usage(answer: dict[str, Any]) -> Usage:
+    """Return what an answer cost."""
+    counted = answer.get("usage") or {}
+    details = counted.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=counted.get("prompt_tokens", 0),
+        completion_tokens=counted.get("completion_tokens", 0),
+        cached_tokens=details.get("cached_tokens", 0),
+    )
+
+
+def error(said: dict[str, Any]) -> BackendError:
+    """Translate the engine's error object."""
+    if said.get("type") == "exceed_context_size_error":
+        return gguf.context_exceeded(said.get("n_prompt_tokens", 0), said.get("n_ctx", 0))
+    code = "invalid_request" if said.get("code") == 400 else "engine_error"
+    return BackendError(code, str(said.get("message", "the engine gave no reason")))

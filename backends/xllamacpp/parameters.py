@@ -1,0 +1,67 @@
+"""What the engine is started with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends import gguf
+from backends.contract import LoadSpec
+from backends.xllamacpp.listener import Listener
+
+_KERNELS = {
+    "auto": "LLAMA_FLASH_ATTN_TYPE_AUTO",
+    "on": "LLAMA_FLASH_ATTN_TYPE_ENABLED",
+    "off": "LLAMA_FLASH_ATTN_TYPE_DISABLED",
+}
+
+
+def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -> Any:
+    """Return the engine's parameters for a load with these engine options.
+
+    The engine's own defaults would take the model's longest context, offload what fits, keep a
+    prompt cache of 8 GiB, and let one slot's overflow fail the others.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = spec.artifact.path
+    params.fit_params = False
+    params.n_ctx = spec.context_length * spec.slots
+    params.n_parallel = spec.slots
+    params.n_batch = params.n_ubatch = gguf.batch_size(
+        spec.artifact, spec.threads, spec.context_length, spec.slots
+    )
+    params.kv_unified = False
+    params.n_gpu_layers = spec.placement.gpu_layers
+    params.cache_ram_mib = 0
+    params.warmup = False
+    params.verbosity = 1
+    params.ui = False
+    params.endpoint_slots = False
+    params.embedding = gguf.pools(spec.artifact)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
+    types = xllamacpp.ggml_type
+    for name in ("cache_type_k", "cache_type_v"):
+        if name in options:
+            setattr(params, name, getattr(types, f"GGML_TYPE_{options[name].upper()}"))
+    params.flash_attn_type = getattr(
+        xllamacpp.llama_flash_attn_type, _KERNELS[options.get("flash_attention", "auto")]
+    )
+    params.lora_adapters = [
+        _adapter(path, options.get("adapter_scale", 1.0)) for path in spec.artifact.paths("adapter")
+    ]
+    for path in spec.artifact.paths("mmproj"):
+        params.mmproj.path = path
+        params.mmproj_use_gpu = spec.placement.gpu_layers > 0
+    params.hostnames = [listener.path]
+    params.api_keys = [listener.key]
+    return params
+
+
+def _adapter(path: str, scale: float) -> Any:
+    import xllamacpp
+
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = path, scale
+    return adapter
