@@ -8,7 +8,7 @@ from daemon.api import gate, native, openai, operations, pieces
 from daemon.api.context import SERVICES, Services
 from daemon.api.errors import errors
 
-_MAX_BODY_BYTES = 4 * 1024 * 1024  # a prompt of a million tokens; more would block the loop
+_MAX_BODY_BYTES = 20 * 1024 * 1024  # some photographs; decoding it takes the loop 20 ms
 
 
 def build(services: Services) -> web.Application:
