@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import gguf
-from backends.contract import Artifact, BackendError, ChatRequest, LoadOptions, ModelFile, Task
+from backends.contract import (
+    Artifact,
+    BackendError,
+    ChatRequest,
+    CompleteRequest,
+    LoadOptions,
+    ModelFile,
+    Task,
+)
 
 MIB = 1024 * 1024
 SMOLLM2_FACTS = {
@@ -155,7 +163,7 @@ def test_batches_at_both_ends():
 
 def test_an_estimate_settles_everything_and_counts_every_part():
     model = artifact()
-    estimate = gguf.estimate(model, LoadOptions(threads=2), max_slots=64, batch=64)
+    estimate = gguf.estimate(model, LoadOptions(threads=2), max_slots=64)
     assert (estimate.context_length, estimate.slots) == (4096, 4)
     assert estimate.parts["weights"] == 94 * MIB
     assert estimate.parts["kv_cache"] == 23_040 * 4096 * 4
@@ -164,15 +172,13 @@ def test_an_estimate_settles_everything_and_counts_every_part():
 
 
 def test_a_backend_of_one_slot_is_not_booked_for_more():
-    estimate = gguf.estimate(artifact(), LoadOptions(slots=4), max_slots=1, batch=64)
+    estimate = gguf.estimate(artifact(), LoadOptions(slots=4), max_slots=1)
     assert estimate.slots == 1
     assert estimate.parts["kv_cache"] == 23_040 * 4096
 
 
 def test_the_user_s_choice_is_what_is_estimated():
-    estimate = gguf.estimate(
-        artifact(), LoadOptions(context_length=512, slots=3), max_slots=64, batch=64
-    )
+    estimate = gguf.estimate(artifact(), LoadOptions(context_length=512, slots=3), max_slots=64)
     assert (estimate.context_length, estimate.slots) == (512, 3)
     assert estimate.parts["kv_cache"] == 23_040 * 512 * 3
 
@@ -180,9 +186,7 @@ def test_the_user_s_choice_is_what_is_estimated():
 @given(st.lists(st.integers(1, 131_072), min_size=2, max_size=2).map(sorted), st.integers(1, 8))
 def test_a_longer_context_never_costs_less(lengths, slots):
     short, long = (
-        gguf.estimate(
-            artifact(), LoadOptions(context_length=n, slots=slots), max_slots=64, batch=64
-        )
+        gguf.estimate(artifact(), LoadOptions(context_length=n, slots=slots), max_slots=64)
         for n in lengths
     )
     assert short.total_bytes <= long.total_bytes
@@ -208,7 +212,7 @@ def test_no_header_can_make_a_load_look_smaller_than_its_weights(key, value):
     """Headers are untrusted, and what is booked for a load rests on them."""
     model = artifact()
     lying = replace(model, metadata=model.metadata | {key: value})
-    estimate = gguf.estimate(lying, LoadOptions(), max_slots=64, batch=64)
+    estimate = gguf.estimate(lying, LoadOptions(), max_slots=64)
     assert min(estimate.parts.values()) >= 0
     assert estimate.total_bytes >= model.weights_bytes
 
@@ -216,12 +220,90 @@ def test_no_header_can_make_a_load_look_smaller_than_its_weights(key, value):
 # tasks
 
 
-def test_a_chat_model_chats():
-    assert gguf.tasks(artifact()) == (Task.CHAT,)
+def test_a_language_model_chats_and_completes():
+    assert gguf.tasks(artifact()) == (Task.CHAT, Task.COMPLETE)
 
 
-def test_an_embedder_has_no_tasks_here():
-    assert gguf.tasks(artifact(architecture="bert", facts={"pooling_type": 1})) == ()
+@pytest.mark.parametrize(
+    "names", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")]
+)
+def test_infill_needs_all_three_of_its_tokens(names):
+    ids = {f"tokenizer.ggml.{name}_token_id": 10 + n for n, name in enumerate(names)}
+    model = artifact()
+    whole = replace(model, metadata=model.metadata | ids)
+    assert gguf.infill_tokens(whole) == (10, 11, 12)
+    assert Task.INFILL in gguf.tasks(whole)
+    for name in ids:
+        lacking = replace(whole, metadata={k: v for k, v in whole.metadata.items() if k != name})
+        assert gguf.infill_tokens(lacking) is None
+        assert Task.INFILL not in gguf.tasks(lacking)
+
+
+def test_images_need_an_image_encoder_among_the_files():
+    encoder = ModelFile(path="/e.gguf", size_bytes=1, mtime_ns=1, sha256="", role="mmproj")
+    model = artifact()
+    assert Task.VISION in gguf.tasks(replace(model, files=(*model.files, encoder)))
+    assert Task.VISION not in gguf.tasks(model)
+
+
+@pytest.mark.parametrize(("pooling", "task"), [(1, Task.EMBED), (3, Task.EMBED), (4, Task.RERANK)])
+def test_the_pooling_type_tells_embedders_from_rerankers(pooling, task):
+    assert gguf.tasks(artifact(architecture="bert", facts={"pooling_type": pooling})) == (task,)
+
+
+# engine options
+
+
+def test_quantized_keys_and_values_take_less():
+    f16 = gguf.kv_bytes_per_token(artifact())
+    q8 = {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}
+    assert gguf.kv_bytes_per_token(artifact(), q8) == f16 * 34 / 64
+    assert gguf.kv_bytes_per_token(artifact(), {"cache_type_k": "f32"}) == f16 * 1.5
+
+
+def test_a_model_without_causal_attention_keeps_nothing():
+    facts = SMOLLM2_FACTS | {"attention.causal": False, "pooling_type": 1}
+    assert gguf.kv_bytes_per_token(artifact(facts=facts)) == 0
+
+
+def test_a_model_that_pools_reads_a_whole_text_at_once():
+    embedder = artifact(facts=SMOLLM2_FACTS | {"pooling_type": 1})
+    assert gguf.batch_size(embedder, 2, 512, 4) == 512
+    assert gguf.batch_size(artifact(), 2, 4096, 4) == gguf.prefill_batch(artifact(), 2)
+    assert gguf.batch_size(artifact(parameters=10**12), 1, 4096, 16) == 16  # a token for each slot
+
+
+def test_image_encoders_and_adapters_are_booked_with_the_weights():
+    model = artifact()
+    extras = {"modeld.mmproj_bytes": 7 * MIB, "modeld.adapter_bytes": 5 * MIB}
+    with_extras = replace(model, metadata=model.metadata | extras)
+    estimate = gguf.estimate(with_extras, LoadOptions(), max_slots=64)
+    assert estimate.parts["weights"] == (94 + 12) * MIB
+
+
+@pytest.mark.parametrize(
+    ("given_options", "words"),
+    [
+        ({"n_ctx": 5}, "'n_ctx'; it has: adapter_scale, cache_type_k"),
+        ({"cache_type_k": "q3"}, "cache_type_k of engine is 'q3', but must be one of f32, f16"),
+        ({"adapter_scale": "much"}, "adapter_scale .* a number of at least -10 and at most 10"),
+        ({"adapter_scale": True}, "adapter_scale of engine is True"),
+        ({"gpu_layers": -1}, "gpu_layers of engine is -1"),
+        ({"cache_type_v": "q8_0", "flash_attention": "off"}, "needs flash attention"),
+    ],
+)
+def test_a_wrong_option_is_refused_by_name(given_options, words):
+    with pytest.raises(BackendError, match=words) as refused:
+        gguf.check("engine", given_options)
+    assert refused.value.code == "invalid_request"
+
+
+def test_right_options_pass():
+    options = {"cache_type_v": "q8_0", "flash_attention": "on", "adapter_scale": 0, "gpu_layers": 0}
+    assert gguf.check("engine", options) == options
+
+
+# what never fits
 
 
 def test_messages_that_can_never_fit_are_refused_before_they_are_tokenized():
@@ -231,3 +313,14 @@ def test_messages_that_can_never_fit_are_refused_before_they_are_tokenized():
     with pytest.raises(BackendError, match="65537 characters.*512 tokens") as refused:
         gguf.refuse_hopeless(hopeless, 512)
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_the_texts_of_all_parts_and_of_a_suffix_count():
+    parts = [{"type": "text", "text": "a" * 65_537}, {"type": "image_url", "image_url": {}}]
+    for request in (
+        ChatRequest(messages=({"role": "user", "content": parts},)),
+        ChatRequest(messages=({"role": "user", "content": None}, {"role": "x", "content": parts})),
+        CompleteRequest(prompt="a" * 65_000, suffix="b" * 537),
+    ):
+        with pytest.raises(BackendError, match="65537 characters"):
+            gguf.refuse_hopeless(request, 512)

@@ -50,6 +50,22 @@ MESSAGES = [
             ),
         ),
         wire.Chat(id=2, request=contract.ChatRequest(messages=())),
+        wire.Chat(
+            id=2**40,
+            request=contract.ChatRequest(
+                messages=({"role": "user", "content": [{"type": "text", "text": "x"}]},),
+                tools=({"type": "function", "function": {"name": "f"}},),
+                tool_choice="function",
+                tool_name="f",
+                sampling=contract.Sampling(
+                    logprobs=3, logit_bias={7: -1.5}, json_schema={"type": "object"}
+                ),
+            ),
+        ),
+        wire.Complete(id=3, request=contract.CompleteRequest(prompt="a", suffix="b")),
+        wire.Embed(id=4, request=contract.EmbedRequest(inputs=("a", "b"), dimensions=2)),
+        wire.Rerank(id=5, request=contract.RerankRequest(query="q", documents=("d",))),
+        wire.Classify(id=6, request=contract.ClassifyRequest(inputs=("a",), truncate=True)),
         wire.Cancel(id=2**53),
         wire.Ping(id=3),
         wire.Shutdown(),
@@ -79,6 +95,31 @@ MESSAGES = [
             ),
         ),
         wire.Done(id=2, result=contract.Done(finish_reason="cancelled")),
+        wire.Delta(
+            id=1,
+            delta=contract.Delta(
+                reasoning="why",
+                tool_calls=(contract.ToolCall(index=0, id="c", name="f", arguments="{"),),
+                logprobs=(
+                    contract.TokenLogprob(
+                        token="a",
+                        logprob=-0.5,
+                        bytes=(97,),
+                        top=(contract.TokenLogprob(token="b", logprob=-1.0),),
+                    ),
+                ),
+            ),
+        ),
+        wire.Embedded(
+            id=4,
+            result=contract.Embeddings(
+                vectors=(b"\x00\x00\x80\x3f", b"\xff" * 4),
+                dimensions=1,
+                usage=contract.Usage(prompt_tokens=2),
+            ),
+        ),
+        wire.Reranked(id=5, result=contract.Scores(scores=(0.5, -1.25))),
+        wire.Classified(id=6, result=contract.Classes(labels=({"good": 0.75},))),
         wire.Pong(id=3),
     )
 ]
@@ -195,3 +236,10 @@ def test_a_line_of_exactly_64_mib_is_sent_and_one_more_byte_is_refused():
     assert len(wire.encode(wire.Error(code="c", message=text))) == wire.MAX_LINE_BYTES
     with pytest.raises(wire.ProtocolError, match=f"{wire.MAX_LINE_BYTES + 1} bytes"):
         wire.encode(wire.Error(code="c", message=text + "x"))
+
+
+def test_vectors_are_base64_in_the_line():
+    message = wire.Embedded(
+        id=1, result=contract.Embeddings(vectors=(b"\x00\x00\x80\x3f",), dimensions=1)
+    )
+    assert msgspec.json.decode(wire.encode(message))["result"]["vectors"] == ["AACAPw=="]
