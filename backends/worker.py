@@ -16,7 +16,7 @@ from typing import Any
 
 from backends import wire
 from backends.child import Channel, attach
-from backends.contract import Backend, BackendError, Delta, Task
+from backends.contract import Backend, BackendError, Delta, Task, needed_task
 from backends.registry import load_class
 
 _RESULTS: dict[type[wire.Message], type[wire.Message]] = {
@@ -103,13 +103,12 @@ class Worker:
 
     def _result(self, message: wire.Ask, cancelled: Callable[[], bool]) -> Any:
         """Have the backend do it; send its deltas, if there are any, and return the result."""
-        task = type(message).__name__.lower()
+        task = needed_task(message.request)
         if task not in self._tasks:
             can = ", ".join(self._tasks)
-            raise BackendError(
-                "invalid_request", f"this model cannot do {task!r} requests; it can do: {can}"
-            )
-        working = getattr(self._backend, task)(message.request, cancelled)
+            raise BackendError("invalid_request", f"this model can't do {task}, only {can}")
+        method = getattr(self._backend, type(message).__name__.lower())
+        working = method(message.request, cancelled)
         if not isinstance(working, Generator):
             return working
         while True:

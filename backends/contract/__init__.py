@@ -63,6 +63,7 @@ from backends.contract.requests import (
     Request,
     RerankRequest,
     Sampling,
+    needed_task,
 )
 
 __all__ = [
@@ -108,4 +109,5 @@ __all__ = [
     "Upstream",
     "Usage",
     "check_options",
+    "needed_task",
 ]

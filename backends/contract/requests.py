@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from backends.contract.model import Task
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -95,3 +97,27 @@ class ClassifyRequest:
 
 
 Request = ChatRequest | CompleteRequest | EmbedRequest | RerankRequest | ClassifyRequest
+
+
+def needed_task(request: Request) -> Task:
+    """Return the task that a model must offer to be asked this."""
+    match request:
+        case ChatRequest():
+            return Task.VISION if _has_image(request) else Task.CHAT
+        case CompleteRequest():
+            return Task.COMPLETE if request.suffix is None else Task.INFILL
+        case EmbedRequest():
+            return Task.EMBED
+        case RerankRequest():
+            return Task.RERANK
+        case ClassifyRequest():
+            return Task.CLASSIFY
+
+
+def _has_image(request: ChatRequest) -> bool:
+    return any(
+        part.get("type") == "image_url"
+        for message in request.messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
 
+from backends.contract import BackendError, ClassifyRequest, check_options
 from daemon.api.context import Services, requested_model, services
 from daemon.api.errors import read_json
 from daemon.catalog.database import name_taken, now
@@ -24,6 +25,14 @@ class NewModel(msgspec.Struct, forbid_unknown_fields=True):
     source: str
     unique: str = ""
     backend: str = ""
+    options: dict[str, bool | int | float | str] = {}
+
+
+class Texts(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /modeld/v1/models/{model}/classify."""
+
+    input: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=2048)]
+    truncate: bool = False
 
 
 def routes() -> list[web.RouteDef]:
@@ -35,6 +44,7 @@ def routes() -> list[web.RouteDef]:
         web.get(f"{base}/models/{{model}}", show_model),
         web.delete(f"{base}/models/{{model}}", remove_model),
         web.get(f"{base}/models/{{model}}/explain", explain),
+        web.post(f"{base}/models/{{model}}/classify", classify),
         web.post(f"{base}/models/{{model}}/load", load),
         web.post(f"{base}/models/{{model}}/unload", unload),
         web.post(f"{base}/models/{{model}}/download", download),
@@ -66,6 +76,7 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         **status,
         "context_length": status["context_length"] or record.context_length,
         "last_error": status["last_error"] or None,
+        "options": record.options,
         "files": [file.path for file in record.artifact.files] if record.artifact else [],
     }
 
@@ -93,6 +104,7 @@ async def add_model(request: web.Request) -> web.Response:
     if body.backend and body.backend not in parts.registry.paths:
         names = ", ".join(sorted(parts.registry.paths))
         raise InvalidRequest(f"backend: {body.backend!r} is none of {names}", param="backend")
+    _check_options(parts, body)
     known = parts.catalog.find(unique)
     if known is not None:
         if known.source != body.source:
@@ -108,10 +120,28 @@ async def add_model(request: web.Request) -> web.Response:
             source=body.source,
             custom=True,
             backend=body.backend,
+            options=body.options,
             provider="HUGGING_FACE" if body.source.startswith("hf:") else "",
         )
     )
     return _answer(parts, record.id, status=201)
+
+
+def _check_options(parts: Services, body: NewModel) -> None:
+    """Raise InvalidRequest for options that no backend takes, or not the one that is asked for."""
+    names = [body.backend] if body.backend else list(parts.registry.classes)
+    refused = []
+    for name in names:
+        if name not in parts.registry.classes:
+            continue
+        try:
+            check_options(name, parts.registry.classes[name].options, body.options)
+        except BackendError as error:
+            refused.append(error.message)
+        else:
+            return
+    if body.options:
+        raise InvalidRequest(f"options: {'; '.join(refused)}", param="options")
 
 
 async def remove_model(request: web.Request) -> web.Response:
@@ -144,6 +174,23 @@ async def explain(request: web.Request) -> web.Response:
             "fixed": explanation.fixed or None,
             "last_error": parts.models.status(record.id).last_error or None,
             "candidates": candidates,
+        }
+    )
+
+
+async def classify(request: web.Request) -> web.Response:
+    """Label texts: for each, the score of every label."""
+    parts, record = services(request), requested_model(request)
+    body = await read_json(request, Texts)
+    inputs = (body.input,) if isinstance(body.input, str) else tuple(body.input)
+    found = await parts.models.classify(
+        record, ClassifyRequest(inputs=inputs, truncate=body.truncate)
+    )
+    return web.json_response(
+        {
+            "model": record.unique,
+            "labels": found.labels,
+            "usage": {"prompt_tokens": found.usage.prompt_tokens},
         }
     )
 

@@ -31,7 +31,7 @@ async def test_every_backend_is_shown_with_score_and_reason(client, add_model):
     assert answer["chosen"] == "reference" and answer["fixed"] is None
     shown = {candidate["backend"]: candidate for candidate in answer["candidates"]}
     assert answer["candidates"][0]["backend"] == "reference"
-    assert shown["reference"]["score"] == 1 and shown["reference"]["tasks"] == ["chat"]
+    assert shown["reference"]["score"] == 1 and "chat" in shown["reference"]["tasks"]
     assert shown["missing"]["score"] == 0 and "pip install engine" in shown["missing"]["reason"]
     assert shown["broken"]["score"] == 0 and "no_such_module" in shown["broken"]["reason"]
 

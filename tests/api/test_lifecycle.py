@@ -212,7 +212,7 @@ async def test_after_close_nothing_is_loaded_or_downloaded(client, add_model, se
 
 async def test_a_hopeless_prompt_is_refused_before_it_costs_anything(client, add_model):
     await add_model()
-    body = io.BytesIO(json.dumps(ask("a" * 5_000_000)).encode())
+    body = io.BytesIO(json.dumps(ask("a" * 21_000_000)).encode())
     response = await client.post("/v1/chat/completions", data=body)
     assert response.status == 413 and (await response.json())["error"]["message"]
 
