@@ -13,8 +13,8 @@ UNIQUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
 _OWNER_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FORMS = (
-    "hf:owner/repo[:quant|/file][@revision], https://host/file.gguf, /path/to/file.gguf "
-    "or package:DISTRIBUTION/FILE"
+    "hf:owner/repo[:quant|/file][@revision], https://host/file.gguf, /path/to/file.gguf, "
+    "/path/to/folder/, package:DISTRIBUTION/FILE or package:DISTRIBUTION/FOLDER/"
 )
 
 
@@ -37,17 +37,33 @@ class UrlSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathSource:
-    """A file that is on this machine already; `path` is absolute."""
+    """A file or a folder that is on this machine already; `path` is absolute."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageSource:
-    """A file inside an installed Python distribution."""
+    """A file inside an installed Python distribution, or all of a folder: `file` ends in `/`."""
 
     distribution: str
     file: str
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder is meant."""
+        return self.file.endswith("/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteSource:
+    """A model that an upstream of the settings runs. Nobody adds these: upstreams list them."""
+
+    upstream: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"remote:{self.upstream}/{self.model}"
 
 
 Source = HubSource | UrlSource | PathSource | PackageSource
@@ -56,7 +72,7 @@ Source = HubSource | UrlSource | PathSource | PackageSource
 def _relative(path: str, whole: str) -> str:
     """Return `path` if it stays inside its folder. Raises InvalidRequest."""
     parts = PurePosixPath(path).parts
-    if not path or path.startswith("/") or "\\" in path or any(p in ("..", ".") for p in parts):
+    if not parts or path.startswith("/") or "\\" in path or any(p in ("..", ".") for p in parts):
         raise InvalidRequest(f"source {whole!r}: {path!r} is not a file path inside it")
     return path
 
@@ -86,12 +102,25 @@ def parse(text: str) -> Source:
         distribution, _, file = text.removeprefix("package:").partition("/")
         if _DISTRIBUTION.fullmatch(distribution):
             return PackageSource(distribution=distribution, file=_relative(file, text))
+    if text.startswith("remote:"):
+        raise InvalidRequest(
+            f"{text!r} can't be added: the models of an upstream are here once the settings have "
+            "its [remote.NAME]"
+        )
     raise InvalidRequest(f"{text!r} is not a source; a source is {FORMS}")
+
+
+def parse_remote(text: str) -> RemoteSource:
+    """Return the source of a cloud model's record. Raises ValueError for any other."""
+    name, slash, model = text.removeprefix("remote:").partition("/")
+    if not text.startswith("remote:") or not slash:
+        raise ValueError(f"{text!r} is not remote:NAME/MODEL")
+    return RemoteSource(upstream=name, model=model)
 
 
 def is_source(text: str) -> bool:
     """Say whether `text` means a source, well-formed or not, rather than a unique name."""
-    return text.startswith(("hf:", "https://", "http://", "package:", "/"))
+    return text.startswith(("hf:", "https://", "http://", "package:", "remote:", "/"))
 
 
 def public(text: str) -> str:
@@ -103,11 +132,16 @@ def public(text: str) -> str:
 
 
 def name_for(source: Source) -> str:
-    """Return the unique name of a model whose user gave none: the file's lower-cased stem."""
+    """Return the unique name of a model whose user gave none.
+
+    It is the file's stem, or the folder's name where the source ends in `/`, in lower case.
+    """
     match source:
         case HubSource(file=""):
             stem = source.repo.partition("/")[2]
             stem = f"{stem}:{source.quantization}" if source.quantization else stem
+        case PathSource(path=path) | PackageSource(file=path) if path.endswith("/"):
+            stem = PurePosixPath(path).name
         case HubSource() | PackageSource():
             stem = PurePosixPath(source.file).stem
         case UrlSource():

@@ -1,7 +1,8 @@
 """The content store: where model files are, and the only place that turns ids into paths.
 
     blobs/<sha256>          whole, verified files, each once
-    models/<id>/<name>      hard links to blobs, under the names that engines want
+    models/<id>/<name>      hard links to blobs, under the names that engines want; a name may
+                            have folders in it
     partial/<id>/           what a download has so far
     scratch/<random>/       a worker's private directory
 
@@ -10,6 +11,8 @@ The fetcher writes blobs, links and partials; the daemon removes them.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import tempfile
@@ -75,7 +78,7 @@ class Store:
         for links in (self.root / "models").iterdir():
             if links.name not in downloaded:
                 shutil.rmtree(links, ignore_errors=True)
-        linked = {path.stat().st_ino for path in (self.root / "models").glob("*/*")}
+        linked = _inodes(self.root / "models")
         for blob in self.blobs.iterdir():
             if blob.stat().st_ino not in linked:
                 blob.unlink()
@@ -84,12 +87,22 @@ class Store:
         """Remove a model's links, and every blob that no model links to any more."""
         links = self.model_dir(model_id)
         with self._dropping:
-            inodes = [path.stat().st_ino for path in links.glob("*")] if links.is_dir() else []
+            inodes = _inodes(links)
             shutil.rmtree(links, ignore_errors=True)
-            linked = {path.stat().st_ino for path in (self.root / "models").glob("*/*")}
+            linked = _inodes(self.root / "models")
             for blob in self.blobs.iterdir():
                 if (inode := blob.stat().st_ino) in inodes and inode not in linked:
                     blob.unlink()
+
+
+def _inodes(folder: Path) -> set[int]:
+    """Return the inodes of the files below `folder`, without those that go meanwhile."""
+    found = set()
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found.add((Path(parent) / name).stat().st_ino)
+    return found
 
 
 def check_unchanged(artifact: Artifact) -> None:

@@ -54,6 +54,7 @@ _INT64_MAX = 2**63 - 1  # engines compute sizes and offsets as signed 64-bit num
 _CONTEXT_MAX = 2**31 - 1
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHAT_TEMPLATE = "tokenizer.chat_template"
+_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,8 @@ class GgufHeader:
     """What the header of one GGUF file says, checked against the file.
 
     `parameters` is the number of elements, and `weights_bytes` the number of bytes, of the tensors
-    in this file: a model that is split over several files has a header in each. `quantization` is
+    in this file: a model that is split over several files has a header in each, and only the first
+    one says the `architecture`; it is empty in the others. `quantization` is
     llama.cpp's name (`Q4_K_M`), `unknown` if the file has no tensors and does not say.
     `context_length` is in tokens, and 0 when the header has none. `alignment` is in bytes.
 
@@ -181,6 +183,15 @@ def read(path: Path | str) -> GgufHeader:
         raise InvalidModelFile(f"{name} cannot be read: {error.strerror or error}") from error
 
 
+def is_gguf(path: Path) -> bool:
+    """Say whether the file begins as GGUF files do. Raises InvalidModelFile if it can't be read."""
+    try:
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError as error:
+        raise InvalidModelFile(f"{path.name} cannot be read: {error.strerror or error}") from error
+
+
 def to_artifact(header: GgufHeader, files: tuple[contract.ModelFile, ...]) -> contract.Artifact:
     """Return the artifact that consists of `files`, described by `header`, the first one's."""
     return contract.Artifact(
@@ -234,7 +245,7 @@ def _read_version(cursor: Cursor) -> int:
     if cursor.size == 0:
         cursor.fail("is not a GGUF file: it is empty")
     magic = cursor.take(min(4, cursor.size))
-    if magic != b"GGUF":
+    if magic != _MAGIC:
         cursor.fail(f"is not a GGUF file: it begins with {magic!r}")
     raw = cursor.take(4)
     version = int.from_bytes(raw, "little")
@@ -297,6 +308,10 @@ def _check_tensor_data(cursor: Cursor, tensors: list[_Tensor], alignment: int) -
 
 def _architecture(cursor: Cursor, values: dict[str, Any]) -> str:
     architecture = values.get("general.architecture")
+    if architecture is None and values.get("general.type") == "imatrix":
+        cursor.fail("is an importance matrix, which only quantizing a model needs: move it away")
+    if architecture is None and values.get("split.no"):
+        return ""  # of the parts of a split model only the first has the model's metadata
     if architecture is None:
         cursor.fail("does not say which architecture it is for (general.architecture)")
     if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):

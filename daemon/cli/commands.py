@@ -137,11 +137,13 @@ def pull(arguments: Namespace, client: Client) -> None:
 
 
 def import_file(arguments: Namespace, client: Client) -> None:
-    """Take a file that is on this machine already into the catalog."""
+    """Take a file or a folder that is on this machine already into the catalog."""
     path = Path(arguments.path).expanduser().resolve()
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise CommandError(f"there is no file {path}")
-    body = {"source": str(path)} | ({"unique": arguments.name} if arguments.name else {})
+    body = {"source": f"{path}/" if path.is_dir() else str(path)} | (
+        {"unique": arguments.name} if arguments.name else {}
+    )
     known = {model["id"] for model in client.call("GET", "/modeld/v1/models")["models"]}
     model = client.call("POST", "/modeld/v1/models", body)
     try:

