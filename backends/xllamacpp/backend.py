@@ -106,6 +106,8 @@ class Xllamacpp:
         params = parameters(spec, gguf.check(self.name, spec.engine), self._listener)
         try:
             self._server = xllamacpp.Server(params)
+            # An engine that is closed before its main loop runs never ends; this asks the loop.
+            self._server.handle_metrics()
         except Exception as error:
             raise BackendError("load_failed", str(error)) from error
         self._context_length = spec.context_length

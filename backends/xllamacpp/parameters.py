@@ -39,6 +39,7 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
     params.verbosity = 1
     params.ui = False
     params.endpoint_slots = False
+    params.endpoint_metrics = True
     params.embedding = gguf.pools(spec.artifact)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
     types = xllamacpp.ggml_type

@@ -1,0 +1,387 @@
+"""The contract, on every backend and real files: each test runs for each case of contract_cases.
+
+A worker in a process of its own holds the model, as in the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from contract_cases import CASES, Case, artifact_of
+from running import needs_engine
+
+from backends.contract import (
+    Artifact,
+    BackendError,
+    ChatRequest,
+    ClassifyRequest,
+    CompleteRequest,
+    Delta,
+    Done,
+    EmbedRequest,
+    LoadOptions,
+    LoadSpec,
+    RerankRequest,
+    Sampling,
+    Task,
+)
+from backends.registry import load_class
+from daemon import errors
+from daemon.workers.worker import Worker
+
+LOAD_S = 60.0
+GREEDY = Sampling(temperature=0, max_tokens=24, ignore_eos=True)
+pytestmark = pytest.mark.timeout(180)
+
+
+def for_tasks(*tasks: Task):
+    """Run a test for the cases that have one of these tasks; without any, for all."""
+    cases = [case for case in CASES if not tasks or case.tasks & set(tasks)]
+    return pytest.mark.parametrize("case", cases, ids=str, indirect=True, scope="module")
+
+
+generating = for_tasks(Task.CHAT, Task.COMPLETE)
+
+
+@pytest.fixture(scope="module")
+def case(request) -> Case:
+    needs_engine(request.param.module)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def artifact(case, tmp_path_factory) -> Artifact:
+    return artifact_of(case.build(tmp_path_factory.mktemp(case.name)))
+
+
+def spec_of(case: Case, artifact: Artifact, scratch: Path, **changes) -> LoadSpec:
+    """What the daemon would load the model with."""
+    options = LoadOptions(context_length=case.context_length, slots=case.slots, threads=2)
+    estimate = load_class(case.backend).estimate(artifact, options)
+    spec = LoadSpec(
+        artifact=artifact,
+        context_length=estimate.context_length,
+        slots=estimate.slots,
+        threads=2,
+        scratch_dir=str(scratch),
+    )
+    return replace(spec, **changes)
+
+
+@pytest.fixture
+async def worker(case, artifact, tmp_path) -> AsyncIterator[Worker]:
+    """A worker that has loaded the case's model; `worker.loaded` is what that became."""
+    worker = await Worker.start(case.backend, name=case.name, scratch=tmp_path)
+    try:
+        spec = spec_of(case, artifact, tmp_path)
+        worker.loaded = await worker.load(spec, timeout_s=LOAD_S, progress=lambda _: None)
+        yield worker
+    finally:
+        await worker.stop("the test is over")
+
+
+def asking(case: Case, text: str, sampling: Sampling):
+    if Task.CHAT in case.tasks:
+        return ChatRequest(messages=({"role": "user", "content": text},), sampling=sampling)
+    return CompleteRequest(prompt=text, sampling=sampling)
+
+
+async def answer(worker: Worker, request) -> tuple[str, Done]:
+    """The whole text and the end of a generation."""
+    _, entry = worker.submit(request)
+    text = ""
+    async for piece in worker.answers(entry):
+        if isinstance(piece, Done):
+            return text, piece
+        text += piece.content
+    raise AssertionError("no end")
+
+
+async def result(worker: Worker, request):
+    _, entry = worker.submit(request)
+    async for piece in worker.answers(entry):
+        return piece
+
+
+# loading
+
+
+@for_tasks()
+async def test_a_load_tells_tasks_slots_and_context(case, worker):
+    assert case.tasks <= set(worker.loaded.tasks)
+    assert worker.loaded.slots >= 1 and worker.loaded.engine_version
+    assert 0 < worker.loaded.context_length <= case.context_length
+
+
+@for_tasks()
+def test_it_loads_again_after_a_close_and_closing_twice_is_fine(case, artifact, tmp_path):
+    """In one process, since that is what the contract is about; a child's, since engines crash."""
+    import msgspec
+
+    spec = spec_of(case, artifact, tmp_path)
+    program = """
+import sys, msgspec
+from backends.contract import LoadSpec
+from backends.registry import load_class
+spec = msgspec.json.decode(sys.stdin.buffer.read(), type=LoadSpec)
+cls = load_class(sys.argv[1])
+cls().close()
+for _ in range(2):
+    backend = cls()
+    loaded = backend.load(spec, lambda _: None)
+    backend.close()
+    backend.close()
+    print("loaded", len(loaded.tasks), flush=True)
+import os
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, case.backend],
+        input=msgspec.json.encode(spec),
+        capture_output=True,
+        timeout=120,
+        cwd=tmp_path,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.decode().count("loaded") == 2
+
+
+@for_tasks()
+def test_an_option_that_it_does_not_have_is_refused_by_name(case, artifact):
+    cls = load_class(case.backend)
+    with pytest.raises(BackendError, match="no option 'no_such_option'") as refused:
+        cls.estimate(artifact, LoadOptions(engine={"no_such_option": 1}))
+    assert refused.value.code == "invalid_request"
+
+
+@for_tasks()
+async def test_a_file_that_is_damaged_fails_with_a_reason(case, artifact, tmp_path):
+    if not artifact.files:
+        return  # a remote model has none to damage
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(b"\x00" * 4096)
+    first = replace(artifact.files[0], path=str(damaged), size_bytes=4096)
+    broken = replace(artifact, files=(first, *artifact.files[1:]))
+    worker = await Worker.start(case.backend, name=case.name, scratch=tmp_path)
+    try:
+        with pytest.raises((errors.LoadFailed, errors.WorkerCrashed)) as failed:
+            spec = spec_of(case, broken, tmp_path)
+            await worker.load(spec, timeout_s=LOAD_S, progress=lambda _: None)
+        assert len(failed.value.message) > 10
+    finally:
+        await worker.stop("the test is over")
+
+
+# generation
+
+
+@generating
+async def test_the_same_seed_gives_the_same_text_and_another_one_another(case, worker):
+    def seeded(seed):
+        return asking(case, "Tell a story.", replace(GREEDY, temperature=1.5, seed=seed))
+
+    first, _ = await answer(worker, seeded(7))
+    again, _ = await answer(worker, seeded(7))
+    others = [(await answer(worker, seeded(seed)))[0] for seed in (8, 9, 10)]
+    assert first == again
+    assert any(other != first for other in others)
+
+
+@generating
+async def test_greedy_text_does_not_depend_on_who_else_is_served(case, worker):
+    request = asking(case, "Where is the Eiffel Tower?", GREEDY)
+    alone, _ = await answer(worker, request)
+    together = await asyncio.gather(*(answer(worker, request) for _ in range(worker.loaded.slots)))
+    assert alone and [text for text, _ in together] == [alone] * worker.loaded.slots
+
+
+@generating
+async def test_max_tokens_is_kept_to_the_token(case, worker):
+    for limit in (1, 5):
+        _, done = await answer(worker, asking(case, "Count.", replace(GREEDY, max_tokens=limit)))
+        assert (done.finish_reason, done.usage.completion_tokens) == ("length", limit)
+        assert done.usage.prompt_tokens > 0
+
+
+@generating
+async def test_a_stop_sequence_ends_the_answer_and_is_no_part_of_it(case, worker):
+    whole, _ = await answer(worker, asking(case, "Tell a story.", GREEDY))
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    sampling = replace(GREEDY, stop=(stop,))
+    text, done = await answer(worker, asking(case, "Tell a story.", sampling))
+    assert text == whole[: whole.index(stop)]
+    assert done.finish_reason == "stop"
+
+
+@generating
+async def test_a_cancel_ends_an_answer_within_a_token(case, worker):
+    sampling = replace(GREEDY, max_tokens=case.context_length - 64)
+    request_id, entry = worker.submit(asking(case, "Tell a long story.", sampling))
+    answers = worker.answers(entry)
+    assert isinstance(await anext(answers), Delta)
+    before = entry.answers.qsize()
+    await worker.cancel(request_id)
+    rest = [piece async for piece in answers]
+    assert rest[-1].finish_reason == "cancelled"
+    # What was under way when the cancel was sent, and one token more for each.
+    assert len(rest) - 1 - before <= 3
+    text, _ = await answer(worker, asking(case, "Where is the Eiffel Tower?", GREEDY))
+    assert text
+
+
+@generating
+async def test_a_cancel_ends_the_reading_of_a_prompt(case, worker):
+    words = "word " * (case.context_length - 100 if case.words_are_tokens else 60)
+    request_id, entry = worker.submit(asking(case, words, GREEDY))
+    await worker.cancel(request_id)
+    pieces = [piece async for piece in worker.answers(entry)]
+    assert pieces[-1].finish_reason == "cancelled"
+    assert len(pieces) <= 2
+    fresh, _ = await answer(worker, asking(case, "Where is the Eiffel Tower?", GREEDY))
+    assert fresh
+
+
+@generating
+async def test_a_prompt_that_does_not_fit_is_refused_with_its_number_of_tokens(case, worker):
+    request = asking(case, "word " * 2 * case.context_length, GREEDY)
+    with pytest.raises(errors.ContextLengthExceeded, match=r"[0-9]{3,}") as refused:
+        await answer(worker, request)
+    assert str(worker.loaded.context_length) in refused.value.message
+    text, _ = await answer(worker, asking(case, "Hello", GREEDY))
+    assert text  # it goes on
+
+
+@generating
+async def test_an_answer_that_fills_the_context_ends_there(case, worker):
+    sampling = replace(GREEDY, max_tokens=None)
+    _, done = await answer(worker, asking(case, "Tell a story.", sampling))
+    assert done.finish_reason == "length"
+    total = done.usage.prompt_tokens + done.usage.completion_tokens
+    assert total <= worker.loaded.context_length
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.grammar], ids=str, indirect=True)
+async def test_a_character_of_several_tokens_is_never_broken(case, worker):
+    said = "ẞ日本語🙂🏳️‍🌈é"
+    sampling = replace(GREEDY, grammar=f'root ::= "{said}"', ignore_eos=False, max_tokens=64)
+    _, entry = worker.submit(asking(case, "Say it.", sampling))
+    pieces = [piece async for piece in worker.answers(entry)]
+    texts = [piece.content for piece in pieces[:-1]]
+    assert "".join(texts) == said
+    assert not any("\ufffd" in text for text in texts)
+    assert pieces[-1].usage.completion_tokens > len(texts)  # there were characters to break
+
+
+@for_tasks()
+async def test_a_crash_of_the_engine_is_reported(case, worker):
+    if case.tasks & {Task.CHAT, Task.COMPLETE}:
+        sampling = replace(GREEDY, max_tokens=case.context_length - 64)
+        _, entry = worker.submit(asking(case, "Tell a story.", sampling))
+        answers = worker.answers(entry)
+        await anext(answers)
+    else:
+        answers = None
+    os.kill(worker.pid, signal.SIGKILL)
+    if answers is not None:
+        with pytest.raises(errors.WorkerCrashed, match="SIGKILL"):
+            async for _ in answers:
+                pass
+    crash = await asyncio.shield(worker.ended)
+    assert isinstance(crash, errors.WorkerCrashed)
+
+
+# vectors, scores, labels
+
+
+def unpack(vector: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(vector) // 4}f", vector)
+
+
+def cosine(a: bytes, b: bytes) -> float:
+    return sum(x * y for x, y in zip(unpack(a), unpack(b), strict=True))
+
+
+TEXTS = (
+    "A cat sits on the mat.",
+    "The quarterly report is due on Friday, and nobody has begun to write it.",
+    "Ein Kätzchen 🐈 sitzt da.",
+    "cats",
+)
+
+
+@for_tasks(Task.EMBED)
+async def test_vectors_have_length_1_and_batch_and_single_agree(case, worker):
+    together = await result(worker, EmbedRequest(inputs=TEXTS))
+    assert together.dimensions * 4 == len(together.vectors[0])
+    assert together.usage.prompt_tokens >= 2 * len(TEXTS)
+    singles = [await result(worker, EmbedRequest(inputs=(text,))) for text in TEXTS]
+    concurrent = await asyncio.gather(
+        *(result(worker, EmbedRequest(inputs=(text,))) for text in TEXTS[: worker.loaded.slots])
+    )
+    for vector, single in zip(together.vectors, singles, strict=True):
+        assert math.hypot(*unpack(vector)) == pytest.approx(1, abs=1e-4)
+        assert cosine(vector, single.vectors[0]) >= 0.9999
+    for single, other in zip(singles, concurrent, strict=False):
+        assert cosine(single.vectors[0], other.vectors[0]) >= 0.9999
+    assert cosine(together.vectors[0], together.vectors[1]) < 0.99
+
+
+@for_tasks(Task.EMBED)
+async def test_fewer_dimensions_are_the_first_ones(case, worker):
+    whole = await result(worker, EmbedRequest(inputs=TEXTS[:1]))
+    short = await result(worker, EmbedRequest(inputs=TEXTS[:1], dimensions=8))
+    head = unpack(whole.vectors[0])[:8]
+    length = math.hypot(*head)
+    assert unpack(short.vectors[0]) == pytest.approx([x / length for x in head], abs=1e-4)
+    with pytest.raises(errors.InvalidRequest, match="dimensions"):
+        await result(worker, EmbedRequest(inputs=TEXTS[:1], dimensions=100_000))
+
+
+@for_tasks(Task.EMBED, Task.RERANK, Task.CLASSIFY)
+async def test_a_text_that_is_too_long_is_refused_with_its_tokens_or_cut(case, worker):
+    text = "word " * 2 * case.context_length
+
+    def request(*, truncate):
+        if Task.EMBED in case.tasks:
+            return EmbedRequest(inputs=("short", text), truncate=truncate)
+        if Task.RERANK in case.tasks:
+            return RerankRequest(query="which", documents=("short", text), truncate=truncate)
+        return ClassifyRequest(inputs=("short", text), truncate=truncate)
+
+    with pytest.raises(errors.ContextLengthExceeded, match=r"[0-9]{3,}"):
+        await result(worker, request(truncate=False))
+    assert await result(worker, request(truncate=True))
+
+
+@for_tasks(Task.RERANK)
+async def test_documents_are_scored_in_their_order_and_each_alone_the_same(case, worker):
+    documents = ("cats sit on mats", "the report is due", "cats")
+    together = await result(worker, RerankRequest(query="Where do cats sit?", documents=documents))
+    assert len(together.scores) == 3 and len(set(together.scores)) > 1
+    for document, score in zip(documents, together.scores, strict=True):
+        request = RerankRequest(query="Where do cats sit?", documents=(document,))
+        alone = await result(worker, request)
+        assert alone.scores[0] == pytest.approx(score, abs=1e-2)
+
+
+@for_tasks(Task.CLASSIFY)
+async def test_every_text_gets_a_score_for_every_label(case, worker):
+    classes = await result(worker, ClassifyRequest(inputs=TEXTS))
+    assert len(classes.labels) == len(TEXTS)
+    names = set(classes.labels[0])
+    assert len(names) > 1
+    for labels in classes.labels:
+        assert set(labels) == names
+        assert all(0 <= score <= 1 for score in labels.values())
