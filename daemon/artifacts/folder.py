@@ -104,10 +104,11 @@ def scan(folder: Path) -> dict[str, os.stat_result]:
     return dict(sorted(found.items()))
 
 
-def read(folder: Path, names: Sequence[str]) -> FolderModel:
+def read(folder: Path, names: Sequence[str], architecture: str = "") -> FolderModel:
     """Return the model that the files `names` of `folder` make up.
 
-    One name alone may be of any suffix. Blocks: reads headers and configuration, never weights.
+    One name alone may be of any suffix. `architecture` is what is known of a GGML file otherwise.
+    Blocks: reads headers and configuration, never weights.
     Raises InvalidModelFile if there is no model, more than one, or one that is not whole.
     """
     kinds = {name: kind for name in names if (kind := _kind(folder / name, alone=len(names) == 1))}
@@ -124,7 +125,8 @@ def read(folder: Path, names: Sequence[str]) -> FolderModel:
     if kind == "onnx":
         return _read_onnx(folder, names)
     if kind == "ggml":
-        return _read_ggml(folder, list(kinds), where, has_config="config.json" in names)
+        has_config = "config.json" in names
+        return _read_ggml(folder, list(kinds), where, architecture, has_config=has_config)
     roles, header = gguf_files.choose({name: gguf.read(folder / name) for name in kinds}, where)
     return FolderModel(roles=roles, describe=partial(gguf.to_artifact, header))
 
@@ -185,13 +187,14 @@ def _read_onnx(folder: Path, names: Sequence[str]) -> FolderModel:
     return FolderModel(roles=header.roles, describe=partial(onnx.to_artifact, header))
 
 
-def _read_ggml(folder: Path, names: Sequence[str], where: str, *, has_config: bool) -> FolderModel:
+def _read_ggml(
+    folder: Path, names: Sequence[str], where: str, architecture: str, *, has_config: bool
+) -> FolderModel:
     if len(names) > 1:
         raise gguf_files.several(where, names)
     roles = [(names[0], "weights")]
-    architecture = ""
     if has_config:
-        architecture = _model_type(folder / "config.json")
+        architecture = architecture or _model_type(folder / "config.json")
         roles.append(("config.json", "config"))
     header = ggml.read(folder / names[0], architecture)
     return FolderModel(roles=tuple(roles), describe=partial(ggml.to_artifact, header))

@@ -15,7 +15,11 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     `created` is an ISO 8601 time in UTC; `size_bytes` and `context_length` are what the catalog
     promises before the download, and `parameters` counts weights. `foundation`, `provider`,
     `usage` and `kind` hold the values that the Pieces API defines for them. `backend` is the one
-    that this model is to run on; empty leaves the choice to modeld.
+    that this model is to run on; empty leaves the choice to modeld. `options` are settings for its
+    engine, by the names that its backend gives them. A `cloud` model runs on another computer.
+
+    `architecture` and `chat_template` say what the headers of older formats cannot; what a header
+    says goes before them.
     """
 
     id: str
@@ -43,6 +47,8 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     backend: str = ""
     options: dict[str, Any] = {}
     cloud: bool = False
+    architecture: str = ""
+    chat_template: str = ""
 
     @property
     def downloaded(self) -> bool:
@@ -68,3 +74,5 @@ class SeedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     usage: str = "CODE_CONVERSATION"
     kind: str = "BALANCED"
     capabilities: tuple[str, ...] = ()
+    architecture: str = ""
+    chat_template: str = ""

@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     pull = commands.add_parser("pull", help="download a model")
     pull.add_argument("model", metavar="MODEL|SOURCE")
     pull.add_argument("--name", help="unique name for a SOURCE")
-    take = commands.add_parser("import", help="take in a model file that is on this machine")
-    take.add_argument("path")
+    take = commands.add_parser("import", help="take in a model that is on this machine")
+    take.add_argument("path", metavar="FILE|FOLDER")
     take.add_argument("--name", help="unique name of the model")
     for name, text in (
         ("cancel", "end a download"),

@@ -157,7 +157,7 @@ class Download:
 
     def _copy(self, source: sources.PackageSource) -> Fetched:
         package = local.find_in_package(source)
-        model = folder.read(package.root, list(package.files))
+        model = folder.read(package.root, list(package.files), self._fetch.architecture)
         files = {name: package.files[name] for name, _ in model.roles}
         total_bytes = sum(file.size_bytes for file in files.values())
         hashes = {}
@@ -174,7 +174,7 @@ class Download:
 
     def _import(self, source: sources.PathSource) -> Fetched:
         root, seen = local.find(Path(source.path))
-        model = folder.read(root, list(seen))
+        model = folder.read(root, list(seen), self._fetch.architecture)
         total_bytes = sum(seen[name].st_size for name, _ in model.roles)
         files = []
         for name, _ in model.roles:
@@ -186,7 +186,7 @@ class Download:
     def _finish(self, hashes: Mapping[str, str], revision: str) -> Fetched:
         """Take the files that are staged, with these SHA-256s, if they are a model."""
         self._report.verifying()
-        model = folder.read(self._to.staging_dir, sorted(hashes))
+        model = folder.read(self._to.staging_dir, sorted(hashes), self._fetch.architecture)
         files = publish.publish(self._to, hashes, model.roles)
         return Fetched(artifact=model.describe(files), revision=revision)
 

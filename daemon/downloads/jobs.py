@@ -264,6 +264,7 @@ class Downloads:
                     model_dir=str(self._store.model_dir(record.id)),
                     hub_endpoint=self._settings.hub_endpoint,
                     offline=self._settings.offline,
+                    architecture=record.architecture,
                 )
             )
             async for message in child.messages():

@@ -15,7 +15,8 @@ class Fetch(wire.Message):
 
     `partial_dir` belongs to this download alone and may hold the leavings of an earlier attempt.
     Whole and verified files go to `blobs_dir`, named by their SHA-256, and are then hard-linked
-    under their own names into `model_dir`, which is where engines open them.
+    under their own names into `model_dir`, which is where engines open them. `architecture` is what
+    the catalog says of a file whose header cannot.
     """
 
     source: str
@@ -24,6 +25,7 @@ class Fetch(wire.Message):
     model_dir: str
     hub_endpoint: str
     offline: bool = False
+    architecture: str = ""
 
 
 class Progress(wire.Message):
