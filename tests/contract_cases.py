@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import gguf_models
+
 from backends.contract import Artifact, ModelFile, Task
 from daemon.artifacts import folder
 
@@ -69,22 +71,46 @@ def artifact_of(path: Path) -> Artifact:
     return model.describe(tuple(files))
 
 
+GGUF = {
+    "xllamacpp": "backends.xllamacpp:Xllamacpp",
+    "llama_cpp": "backends.llama_cpp:LlamaCpp",
+}
 TEXT = frozenset({Task.CHAT, Task.COMPLETE})
 CASES = [
-    Case(
-        name="xllamacpp",
-        backend="backends.xllamacpp:Xllamacpp",
-        module="xllamacpp",
-        build=sample,
-        tasks=TEXT,
-        grammar=True,
+    *(
+        Case(name=name, backend=path, module=name, build=sample, tasks=TEXT, grammar=True)
+        for name, path in GGUF.items()
     ),
-    Case(
-        name="llama_cpp",
-        backend="backends.llama_cpp:LlamaCpp",
-        module="llama_cpp",
-        build=sample,
-        tasks=TEXT,
-        grammar=True,
+    *(
+        Case(
+            name=f"{name}-bytes",
+            backend=path,
+            module=name,
+            build=gguf_models.tiny_llama,
+            tasks=TEXT | {Task.INFILL},
+            grammar=False,
+            words_are_tokens=False,
+        )
+        for name, path in GGUF.items()
+    ),
+    *(
+        Case(
+            name=f"{name}-embedder",
+            backend=path,
+            module=name,
+            build=gguf_models.embedder,
+            tasks=frozenset({Task.EMBED}),
+        )
+        for name, path in GGUF.items()
+    ),
+    *(
+        Case(
+            name=f"{name}-reranker",
+            backend=path,
+            module=name,
+            build=gguf_models.reranker,
+            tasks=frozenset({Task.RERANK}),
+        )
+        for name, path in GGUF.items()
     ),
 ]

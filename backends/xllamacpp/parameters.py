@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backends import gguf
-from backends.contract import LoadSpec
+from backends.contract import LoadSpec, Task
 from backends.xllamacpp.listener import Listener
 
 _KERNELS = {
@@ -41,6 +41,8 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
     params.endpoint_slots = False
     params.endpoint_metrics = True
     params.embedding = gguf.pools(spec.artifact)
+    if Task.RERANK in gguf.tasks(spec.artifact):  # the header's own pooling is not enough for this
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = spec.threads
     types = xllamacpp.ggml_type
     for name in ("cache_type_k", "cache_type_v"):
