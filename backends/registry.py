@@ -17,6 +17,9 @@ ENTRY_POINT_GROUP = "modeld.backends"
 BUILTIN = {
     "xllamacpp": "backends.xllamacpp:Xllamacpp",
     "llama_cpp": "backends.llama_cpp:LlamaCpp",
+    "onnx": "backends.onnx:Onnx",
+    "ctransformers": "backends.ctransformers:CTransformers",
+    "remote": "backends.remote:Remote",
 }
 
 

@@ -167,11 +167,17 @@ class Probed(Message):
     probe: contract.Probe
 
 
+class Detected(Message):
+    """What this computer is, with all that its GPUs' libraries tell of them."""
+
+    hardware: contract.Hardware
+
+
 Ask = Chat | Complete | Embed | Rerank | Classify
 Result = Done | Embedded | Reranked | Classified
 ToWorker = Load | Ask | Cancel | Ping | Shutdown
 FromWorker = Hello | Error | Progress | Loaded | Delta | Result | Pong
-FromProber = Hello | Error | Probed
+FromProber = Hello | Error | Probed | Detected
 
 
 def encode(message: msgspec.Struct) -> bytes:

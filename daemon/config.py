@@ -5,20 +5,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
+from backends.contract import Upstream
 from daemon.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+_TAKEN_NAMES = frozenset({"hf", "http", "https", "package", "remote"})  # a source begins so
+_API_KEY = re.compile(r"[^\x00-\x20\x7f-\U0010ffff\"'\\]*")  # what no escaping can disguise
 
 
 class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -64,13 +70,46 @@ class Downloads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     offline: bool = False
 
 
+class Remote(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An upstream: an OpenAI-compatible API elsewhere. `url` ends before its `/v1`.
+
+    `api_key_file` holds the key instead of `api_key`; once loaded, settings have it in `api_key`.
+    No `models` means all that it lists.
+    """
+
+    url: str = ""
+    api_key: str = ""
+    api_key_file: str = ""
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 120.0
+    models: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Remote(url={self.url!r})"  # a key must not get into a log
+
+    def allows(self, model: str) -> bool:
+        """Say whether the model of this name there is wanted here."""
+        return not self.models or model in self.models
+
+    def upstream(self, model: str = "") -> Upstream:
+        """Return what a child needs to reach `model` there."""
+        return Upstream(
+            url=self.url,
+            model=model,
+            api_key=self.api_key,
+            connect_timeout_s=self.connect_timeout_s,
+            read_timeout_s=self.read_timeout_s,
+        )
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings."""
+    """All settings. `remote` holds the upstreams by name."""
 
     server: Server = Server()
     memory: Memory = Memory()
     models: Models = Models()
     downloads: Downloads = Downloads()
+    remote: dict[str, Remote] = {}
 
 
 def parse_size(value: int | str, key: str) -> int:
@@ -85,6 +124,19 @@ def _items(text: str) -> list[str]:
     return [item for part in text.split(",") if (item := part.strip())]
 
 
+def _of_upstream(variable: str, rest: str, text: str) -> tuple[str, str, Any]:
+    """Return the upstream, the key and the value of MODELD_REMOTE_<NAME>_<KEY>.
+
+    Names have no `_`, and variables no `-`: a `_` of the variable's name part stands for a `-`.
+    """
+    for key in (field.name for field in msgspec.structs.fields(Remote)):
+        if rest.endswith(f"_{key}"):
+            name = rest.removesuffix(f"_{key}").replace("_", "-")
+            return name, key, _items(text) if key == "models" else text
+    keys = ", ".join(field.name.upper() for field in msgspec.structs.fields(Remote))
+    raise ConfigError(f"{variable}: it must be MODELD_REMOTE_<NAME>_<KEY>, with a KEY of {keys}")
+
+
 def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return the settings in variables named MODELD_<SECTION>_<KEY>. Raises ConfigError."""
     sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
@@ -93,6 +145,10 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, dict[str, Any
         _, _, rest = variable.lower().partition("modeld_")
         section, _, key = rest.partition("_")
         if not variable.startswith("MODELD_") or section not in sections:
+            continue
+        if section == "remote":
+            name, key, value = _of_upstream(variable, key, text)
+            found.setdefault(section, {}).setdefault(name, {})[key] = value
             continue
         types = {field.name: field.type for field in msgspec.structs.fields(sections[section])}
         if key not in types:
@@ -109,7 +165,7 @@ def _merge(tables: list[dict[str, Any]]) -> dict[str, Any]:
     for table in tables:
         for section, keys in table.items():
             if isinstance(keys, dict) and isinstance(merged.get(section, {}), dict):
-                merged[section] = merged.get(section, {}) | keys
+                merged[section] = _merge([merged.get(section, {}), keys])
             else:
                 merged[section] = keys  # not a section: the conversion will say so
     return merged
@@ -132,7 +188,55 @@ def _check(config: Config) -> Config:
         raise ConfigError(
             f"server.log_level = {config.server.log_level!r}: use debug, info, warning or error"
         )
-    return config
+    remote = {name: _checked_upstream(name, entry) for name, entry in config.remote.items()}
+    return msgspec.structs.replace(config, remote=remote)
+
+
+def _checked_upstream(name: str, remote: Remote) -> Remote:
+    """Return the upstream with its key in place. Raises ConfigError, which never shows values."""
+    where = f"remote.{name}"
+    if not _UPSTREAM_NAME.fullmatch(name) or name in _TAKEN_NAMES:
+        raise ConfigError(
+            f"{where}: a name is lower-case letters, digits and -, the first of them no -, and not "
+            f"one of {', '.join(sorted(_TAKEN_NAMES))}"
+        )
+    for key in ("connect_timeout_s", "read_timeout_s"):
+        if not 0 < getattr(remote, key) < math.inf:
+            raise ConfigError(f"{where}.{key} = {getattr(remote, key)}: must be more than 0")
+    key, key_name = remote.api_key, "api_key"
+    if remote.api_key_file:
+        if key:
+            raise ConfigError(f"{where}: give it an api_key or an api_key_file, not both")
+        key_name = "api_key_file"
+        try:
+            key = Path(remote.api_key_file).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "is not text"
+            raise ConfigError(f"{where}.api_key_file: {remote.api_key_file}: {reason}") from error
+        if not key:
+            raise ConfigError(f"{where}.api_key_file: {remote.api_key_file}: is empty")
+    if not _API_KEY.fullmatch(key):
+        raise ConfigError(
+            f"{where}.{key_name}: a key is letters, digits and signs, without spaces, quotes and \\"
+        )
+    url = _upstream_url(where, remote.url)
+    return msgspec.structs.replace(remote, url=url, api_key=key)
+
+
+def _upstream_url(where: str, url: str) -> str:
+    """Return the base URL without a `/v1` or `/` at its end. Raises ConfigError."""
+    try:
+        parts = urlsplit(url)
+        well_formed = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        well_formed = False
+    if not well_formed or re.search(r"[^!-~]", url):
+        raise ConfigError(f'{where}.url: an address such as "https://host:8000" is needed')
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(
+            f"{where}.url: no user, password, ? or # in it; a key goes into {where}.api_key"
+        )
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def load(

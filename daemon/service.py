@@ -22,6 +22,7 @@ from daemon import __version__, addresses
 from daemon.api.app import build
 from daemon.api.context import Services
 from daemon.catalog.database import Catalog
+from daemon.catalog.record import ModelRecord
 from daemon.catalog.seed import builtin
 from daemon.config import Config
 from daemon.downloads.jobs import Downloads
@@ -30,6 +31,8 @@ from daemon.memory.ledger import Ledger, budget
 from daemon.models import ModelManager
 from daemon.models.loader import Loader
 from daemon.store import Store
+from daemon.upstreams import Upstreams
+from daemon.workers.machine import Machine
 from daemon.workers.prober import Probers
 
 _SHUTDOWN_S = 5.0  # for answers that are being written; workers are ended after that
@@ -84,9 +87,12 @@ def notify_systemd(state: str, environment: Mapping[str, str]) -> None:
         notify.sendto(state.encode(), address)
 
 
-async def _end_work(probers: Probers, downloads: Downloads, models: ModelManager) -> None:
+async def _end_work(
+    machine: Machine, probers: Probers, downloads: Downloads, models: ModelManager
+) -> None:
     """End every child; whoever waits for one is told. May be called twice."""
-    await probers.close()  # first, since a load may wait for a probe
+    await machine.close()  # first, since a load may wait for it, or for a probe
+    await probers.close()
     await downloads.close()
     await models.close()
 
@@ -104,25 +110,34 @@ async def running_services(
         catalog.seed(builtin())
         store = Store(data_dir / "store")
         store.sweep({record.id for record in catalog.all() if record.downloaded})
-        machine = hardware.detect()
+        machine = Machine()
         memory = config.memory
         ledger = Ledger(
-            budget(memory.limit_bytes(), memory.reserve_bytes(), machine.ram_bytes),
+            budget(memory.limit_bytes(), memory.reserve_bytes(), machine.known.ram_bytes),
             hardware.available_bytes,
         )
-        probers = Probers(registry, catalog)
+        probers = Probers(registry, catalog, hardware.gpu_fingerprint)
+        upstreams = Upstreams(config.remote, catalog)
         loader = Loader(
             settings=config.models,
             registry=registry,
             probers=probers,
-            hardware=machine,
+            machine=machine,
             ledger=ledger,
             store=store,
+            upstreams=upstreams,
         )
         models = ModelManager(
             settings=config.models, catalog=catalog, store=store, ledger=ledger, loader=loader
         )
         downloads = Downloads(config.downloads, catalog, store)
+
+        async def no_longer_listed(record: ModelRecord) -> None:
+            await models.unload(record.id)
+            catalog.remove(record.id)
+            models.forget(record.id)
+
+        upstreams.begin(no_longer_listed)
         try:
             yield Services(
                 config=config,
@@ -134,11 +149,12 @@ async def running_services(
                 ledger=ledger,
                 registry=registry,
                 probers=probers,
-                hardware=machine,
+                machine=machine,
                 stopping=asyncio.Event(),
             )
         finally:
-            await _end_work(probers, downloads, models)
+            await upstreams.close()
+            await _end_work(machine, probers, downloads, models)
     finally:
         catalog.close()
 
@@ -164,7 +180,9 @@ async def serve(config: Config, data_dir: Path, environment: Mapping[str, str]) 
                     notify_systemd("STOPPING=1", environment)
             finally:
                 # Work ends before the connections do, so that every client hears how it ended.
-                await _end_work(services.probers, services.downloads, services.models)
+                await _end_work(
+                    services.machine, services.probers, services.downloads, services.models
+                )
                 services.stopping.set()
                 await runner.cleanup()
     log.info("modeld stopped")

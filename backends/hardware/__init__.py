@@ -2,7 +2,8 @@
 
 Detection never raises and takes no longer than its deadline: what can't be read falls back to what
 the operating system's library says or is left out, with a reason. Everything is read below a root
-directory, so that tests show it other computers. It starts no process and imports no engine.
+directory, so that tests show it other computers. It starts no process and imports no engine, and
+without `open_nvml` no vendor's library: what those do to their process is a prober's risk.
 """
 
 from __future__ import annotations
@@ -12,9 +13,16 @@ from pathlib import Path
 
 from backends.contract import Hardware
 from backends.hardware import cgroups, cpu, darwin, files, gpus, memory, nvidia
-from backends.hardware.memory import ROOT, available_bytes, ram_bytes
+from backends.hardware.memory import ROOT, available_bytes, pressure_percent, ram_bytes
 
-__all__ = ["available_bytes", "detect", "ram_bytes"]
+__all__ = [
+    "ROOT",
+    "available_bytes",
+    "detect",
+    "gpu_fingerprint",
+    "pressure_percent",
+    "ram_bytes",
+]
 
 _DEADLINE_S = 1.5  # for what may hang; the rest are reads of small files
 
@@ -24,17 +32,23 @@ def _platform(root: Path, system: str) -> str:
     return "wsl" if system == "linux" and "microsoft" in release else system
 
 
+def gpu_fingerprint(root: Path = ROOT) -> str:
+    """Return a text that is another one once a GPU or its driver has changed. Never raises."""
+    return gpus.fingerprint(root)
+
+
 def detect(
     root: Path = ROOT,
     *,
     system: str = sys.platform,
     sysctl: darwin.Sysctl = darwin.sysctl,
-    open_nvml: nvidia.Open = nvidia.pynvml,
+    open_nvml: nvidia.Open | None = None,
     deadline_s: float = _DEADLINE_S,
 ) -> Hardware:
     """Return this computer's facts. Never raises; blocks for up to about `deadline_s`.
 
-    `root` is where /proc, /sys and /dev are. `sysctl` is asked where `system` is darwin.
+    `root` is where /proc, /sys and /dev are. `sysctl` is asked where `system` is darwin. Without
+    `open_nvml` NVIDIA's GPUs have names, but no memory.
     """
     processor = cpu.detect(root, system=system, sysctl=sysctl)
     memsize = darwin.count(sysctl, "hw.memsize") if system == "darwin" else None

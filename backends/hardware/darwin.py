@@ -11,6 +11,10 @@ from backends.hardware import files
 Sysctl = Callable[[str], str | None]
 _LIMIT_BYTES = 64 * 1024
 _MIB = 1024 * 1024
+# What Metal recommends at most (recommendedMaxWorkingSetSize) only Metal tells. As llama.cpp logs
+# it, it is two thirds up to here (10922.67 MiB of 16 GiB, 21845.34 of 32), then three quarters
+# (27648 MiB of 36 GiB, 49152 of 64).
+_LARGE_BYTES = 36 * 1024 * _MIB
 _FEATURES = {
     "hw.optional.neon": "neon",
     "hw.optional.arm64": "neon",
@@ -59,13 +63,14 @@ def features(ask: Sysctl) -> tuple[str, ...]:
 def gpu(ask: Sysctl, available_bytes: int) -> Gpu | None:
     """Return the GPU of Apple silicon, or None on another Mac.
 
-    All of the RAM can be its memory unless the system was told a limit.
+    Its memory is the part of the RAM that Metal recommends, unless the system was told a limit.
     """
     total = count(ask, "hw.memsize")
     if ask("hw.optional.arm64") != "1" or total is None:
         return None
     wired = files.integer(ask("iogpu.wired_limit_mb"))
-    usable = min(total, wired * _MIB) if wired else total
+    recommended = total * 3 // 4 if total >= _LARGE_BYTES else total * 2 // 3
+    usable = min(total, wired * _MIB) if wired else recommended
     return Gpu(
         id="metal:0",
         vendor="apple",
@@ -77,7 +82,9 @@ def gpu(ask: Sysctl, available_bytes: int) -> Gpu | None:
         sources={
             "name": "sysctl machdep.cpu.brand_string",
             "integrated": "sysctl hw.optional.arm64",
-            "total_bytes": f"sysctl {'iogpu.wired_limit_mb' if wired else 'hw.memsize'}",
+            "total_bytes": "sysctl iogpu.wired_limit_mb"
+            if wired
+            else "Metal's share of sysctl hw.memsize",
             "free_bytes": "the RAM that is available",
         },
     )

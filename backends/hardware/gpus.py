@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from backends.contract import Gpu
-from backends.hardware import darwin, drm, nvidia
+from backends.hardware import darwin, drm, files, nvidia
 
 _T = TypeVar("_T")
+_MODULES = ("nvidia", "amdgpu", "i915", "xe")
 
 
 class _Asked(Generic[_T]):
@@ -43,12 +44,27 @@ class _Asked(Generic[_T]):
         return self._answer, self._problem
 
 
+def fingerprint(root: Path) -> str:
+    """Return a text that is another one once a GPU or its driver has changed. Fast; never raises.
+
+    The kernel's own drivers have no version but the kernel's.
+    """
+    loaded = [
+        f"{name} {files.text(root / 'sys/module' / name / 'version') or ''}".strip()
+        for name in _MODULES
+        if files.exists(root / "sys/module" / name)
+    ]
+    cards = files.names(root / "proc/driver/nvidia/gpus") + files.names(root / "sys/class/drm")
+    kernel = files.text(root / "proc/sys/kernel/osrelease") or ""
+    return ", ".join([kernel, *loaded, *cards])
+
+
 def detect(
     root: Path,
     *,
     system: str,
     sysctl: darwin.Sysctl,
-    open_nvml: nvidia.Open,
+    open_nvml: nvidia.Open | None,
     ram_bytes: int,
     available_bytes: int,
     deadline_s: float,
@@ -63,7 +79,8 @@ def detect(
         lambda: drm.gpus(root, ram_bytes=ram_bytes, available_bytes=available_bytes), none
     )
     unasked: nvidia.Answer = ([], [])
-    nvml = _Asked(lambda: nvidia.ask(open_nvml), unasked) if nvidia.expected(root) else None
+    driven = nvidia.expected(root)
+    nvml = _Asked(lambda: nvidia.ask(open_nvml), unasked) if driven and open_nvml else None
     listed, kernel_problem = kernel.answer(until)
     problems = [f"/sys/class/drm {kernel_problem}"] if kernel_problem else []
     nvidias = none
@@ -72,7 +89,7 @@ def detect(
         problems += nvml_problems
         if nvml_problem:
             problems.append(f"NVML {nvml_problem}: the memory of NVIDIA's GPUs is not known")
-    elif any(gpu.vendor == "nvidia" for gpu in listed):
+    elif not driven and any(gpu.vendor == "nvidia" for gpu in listed):
         problems.append("an NVIDIA GPU is there without NVIDIA's driver: install it to compute")
-    found = nvidia.merged(nvidias, nvidia.of_driver(root) if nvml else [], listed)
+    found = nvidia.merged(nvidias, nvidia.of_driver(root) if driven else [], listed)
     return tuple(found), tuple(problems)

@@ -47,6 +47,21 @@ def pressure(root: Path = ROOT) -> bool:
     return (files.text(root / "proc/pressure/memory") or "").startswith("some ")
 
 
+def pressure_percent(root: Path = ROOT) -> float | None:
+    """Return the part of the last 10 s in which some program waited for memory, in percent.
+
+    None where the kernel does not tell.
+    """
+    for word in (files.text(root / "proc/pressure/memory") or "").split():
+        name, _, value = word.partition("=")
+        if name == "avg10":
+            try:
+                return max(0.0, min(100.0, float(value)))
+            except ValueError:
+                return None
+    return None
+
+
 def ram_bytes(root: Path = ROOT) -> int:
     """Return the RAM that this process may ever use: physical, or its cgroups' limit if less.
 

@@ -1,7 +1,8 @@
 """NVIDIA's GPUs: through NVML, or from what the driver shows below /proc when that fails.
 
 NVML is the module `pynvml` of nvidia-ml-py, which need not be installed. An object with the same
-functions stands for it in the tests. Its calls may hang with the driver: use them in a thread.
+functions stands for it in the tests. Its calls may hang with the driver, or take the process down:
+they are for a prober, and there for a thread.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ def _gpu(nvml: Any, index: int, driver: str) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = _asked(lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
     capability = _asked(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
-    pci = _asked(lambda: _text(nvml.nvmlDeviceGetPciInfo(handle).busId)) or ""
+    bus = _asked(lambda: _text(nvml.nvmlDeviceGetPciInfo(handle).busId)) or ""
+    pci = bus.lower()[-len("0000:00:00.0") :]  # the kernel writes a domain of 4 digits, not 8
     return Gpu(
-        id=_asked(lambda: _text(nvml.nvmlDeviceGetUUID(handle))) or f"nvidia:{index}",
+        id=pci or _asked(lambda: _text(nvml.nvmlDeviceGetUUID(handle))) or f"nvidia:{index}",
         vendor="nvidia",
         name=_asked(lambda: _text(nvml.nvmlDeviceGetName(handle))) or "NVIDIA GPU",
-        pci=pci.lower()[-len("0000:00:00.0") :],  # the kernel writes a domain of 4 digits, not 8
+        pci=pci,
         driver=driver,
         total_bytes=_asked(lambda: int(memory.total)),
         free_bytes=_asked(lambda: int(memory.free)),
@@ -114,7 +116,7 @@ def of_driver(root: Path) -> list[Gpu]:
         if "Model" in told:
             found.append(
                 Gpu(
-                    id=told.get("GPU UUID") or address,
+                    id=address.lower(),
                     vendor="nvidia",
                     name=told["Model"],
                     pci=address.lower(),

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
-from backends.contract import Hardware
 from backends.registry import Registry
 from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
 from daemon.config import Config
 from daemon.downloads.jobs import Downloads
+from daemon.errors import InvalidRequest
 from daemon.memory.ledger import Ledger
 from daemon.models import ModelManager
 from daemon.store import Store
+from daemon.workers.machine import Machine
 from daemon.workers.prober import Probers
 
 
@@ -32,11 +33,19 @@ class Services:
     ledger: Ledger
     registry: Registry
     probers: Probers
-    hardware: Hardware
+    machine: Machine
     stopping: asyncio.Event
 
     async def delete_files(self, record: ModelRecord) -> None:
-        """Remove what is on disk of a model: a download that goes on is cancelled first."""
+        """Remove what is on disk of a model: a download that goes on is cancelled first.
+
+        Raises InvalidRequest for a model that an upstream runs.
+        """
+        if record.cloud:
+            raise InvalidRequest(
+                f"{record.unique} runs on an upstream, with no files here: to be rid of it, leave "
+                "it out of the models of its [remote.NAME] in the settings"
+            )
         async with self.downloads.removing(record.id):
             await self.models.delete_files(record)
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from backends.contract import BackendError, ClassifyRequest, check_options
 from daemon.api.context import Services, requested_model, services
+from daemon.api.doctor import doctor
 from daemon.api.errors import read_json
 from daemon.catalog.database import name_taken, now
 from daemon.catalog.record import ModelRecord
@@ -26,6 +27,8 @@ class NewModel(msgspec.Struct, forbid_unknown_fields=True):
     unique: str = ""
     backend: str = ""
     options: dict[str, bool | int | float | str] = {}
+    architecture: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    chat_template: Annotated[str, msgspec.Meta(max_length=1024 * 1024)] = ""
 
 
 class Texts(msgspec.Struct, forbid_unknown_fields=True):
@@ -53,6 +56,7 @@ def routes() -> list[web.RouteDef]:
         web.get(f"{base}/memory", memory),
         web.get(f"{base}/backends", list_backends),
         web.get(f"{base}/hardware", hardware),
+        web.get(f"{base}/doctor", doctor),
     ]
 
 
@@ -66,6 +70,7 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         "description": record.description,
         "source": public(record.source),
         "custom": record.custom,
+        "cloud": record.cloud,
         "format": record.format,
         "parameters": record.parameters,
         "quantization": record.quantization,
@@ -121,6 +126,8 @@ async def add_model(request: web.Request) -> web.Response:
             custom=True,
             backend=body.backend,
             options=body.options,
+            architecture=body.architecture,
+            chat_template=body.chat_template,
             provider="HUGGING_FACE" if body.source.startswith("hf:") else "",
         )
     )
@@ -272,4 +279,4 @@ async def list_backends(request: web.Request) -> web.Response:
 
 async def hardware(request: web.Request) -> web.Response:
     """Show this computer as modeld sees it."""
-    return web.json_response(asdict(services(request).hardware))
+    return web.json_response(asdict(await services(request).machine.look()))

@@ -28,7 +28,8 @@ CREATE TABLE models (
 ) STRICT;
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
-# Built-in models keep their id for ever, on every machine: it is made from their unique name.
+# Built-in models keep their id for ever, on every machine: it is made from their unique name. So do
+# those of upstreams: theirs is made from their source.
 _NAMESPACE = uuid.UUID("6d0de1d0-5b1c-4f0a-9a53-6d6f64656c64")
 
 
@@ -42,6 +43,11 @@ class Listener(Protocol):
 def now() -> str:
     """Return the present time as ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def cloud_id(source: str) -> str:
+    """Return the id of the model of an upstream."""
+    return str(uuid.uuid5(_NAMESPACE, source))
 
 
 def check_unique(unique: str) -> str:
@@ -69,6 +75,7 @@ class Catalog:
 
     def __init__(self, path: Path) -> None:
         self._listeners: list[Listener] = []
+        self._on_lookup: Callable[[str], None] = lambda _: None
         try:
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -101,9 +108,22 @@ class Catalog:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def on_lookup(self, callback: Callable[[str], None]) -> None:
+        """Have `callback` hear of each look at all models (""), and of each name not found.
+
+        What comes from elsewhere may have changed by then; it must neither raise nor wait.
+        """
+        self._on_lookup = callback
+
     def all(self) -> list[ModelRecord]:
         """Return every record, by unique name."""
+        self._on_lookup("")
         rows = self._db.execute("SELECT record FROM models ORDER BY unique_name")
+        return [_decode(row[0]) for row in rows]
+
+    def cloud(self) -> list[ModelRecord]:
+        """Return the records of the models that upstreams run."""
+        rows = self._db.execute("SELECT record FROM models WHERE json_extract(record, '$.cloud')")
         return [_decode(row[0]) for row in rows]
 
     def get(self, key: str) -> ModelRecord:
@@ -119,6 +139,7 @@ class Catalog:
             ).fetchone()
             if row is not None:
                 return _decode(row[0])
+        self._on_lookup(key)
         raise ModelNotFound(f"no model has the id or name {key!r}; `modeld list` shows all models")
 
     def find(self, key: str) -> ModelRecord | None:

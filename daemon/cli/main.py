@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         ("list", "list all models"),
         ("ps", "list the models in memory"),
         ("backends", "show what each engine can do here"),
+        ("doctor", "show what runs on this computer, and what would make it faster"),
     ):
         commands.add_parser(name, help=text).add_argument("--json", action="store_true")
     for name, text in (
@@ -121,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command == "serve":
             _serve(parsed)
+        elif parsed.command == "doctor":
+            from daemon.cli.doctor import doctor
+
+            return doctor(parsed)
         else:
             _commands()[parsed.command](parsed, Client(find()))
     except CommandError as error:

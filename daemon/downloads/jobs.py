@@ -142,7 +142,8 @@ class Downloads:
         """Download the model, or return the job that already does.
 
         A model that is there already, and whole, gives a job that is completed. Raises
-        InvalidRequest for a model without a source, Conflict while its files are being removed.
+        InvalidRequest for a model without a source or one that an upstream runs, Conflict while
+        its files are being removed.
         """
         if self._closing or record.id in self._barred:
             reason = "modeld is stopping" if self._closing else "its files are being removed"
@@ -151,6 +152,11 @@ class Downloads:
         if job is not None and job.active:
             job.owed += 1
             return job
+        if record.cloud:
+            raise InvalidRequest(
+                f"{record.unique} runs on an upstream and can be asked as it is: there is nothing "
+                "to download"
+            )
         if not record.source and not record.downloaded:
             raise InvalidRequest(
                 f"{record.unique} has no source to download from: create it with a source, such "

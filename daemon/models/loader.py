@@ -10,13 +10,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backends.contract import (
     Artifact,
     BackendError,
-    Hardware,
+    Gpu,
     LoadOptions,
     LoadSpec,
     MemoryEstimate,
@@ -34,20 +34,28 @@ from daemon.errors import (
 from daemon.memory.ledger import Ledger
 from daemon.memory.measure import worker_memory
 from daemon.models.resident import Instance
+from daemon.models.threads import threads
 from daemon.store import Store, check_unchanged
+from daemon.upstreams import Upstreams
+from daemon.workers.machine import Machine
 from daemon.workers.prober import Probers
 from daemon.workers.worker import Worker, error_from
 
+_PATIENCE_S = 3.0  # for engines that do not answer, once another one has
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """How a load tells what it does: the chosen backend, the worker, and progress from 0 to 1."""
+    """How a load tells what it does: the chosen backend, the worker, and progress from 0 to 1.
+
+    `busy` returns how many other models compute at the moment.
+    """
 
     chosen: Callable[[str, MemoryEstimate], None]
     started: Callable[[Worker], None]
     progress: Callable[[float], None]
+    busy: Callable[[], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +70,29 @@ class Explanation:
     fixed: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What a load of a model would be: its backend and why, its settings and its memory."""
+
+    backend: str
+    reason: str
+    options: LoadOptions
+    estimate: MemoryEstimate
+
+
+def _described(record: ModelRecord) -> Artifact:
+    """Return the model's files, with what the record knows where their headers are silent.
+
+    Raises ModelNotDownloaded.
+    """
+    if record.artifact is None:
+        raise ModelNotDownloaded(
+            f"{record.unique} is not downloaded: run `modeld pull {record.unique}` first"
+        )
+    template = record.artifact.chat_template or record.chat_template
+    return replace(record.artifact, chat_template=template)
+
+
 class Loader:
     """Loads models with the best backend there is, or with the next best if that one fails."""
 
@@ -71,16 +102,20 @@ class Loader:
         settings: ModelSettings,
         registry: Registry,
         probers: Probers,
-        hardware: Hardware,
+        machine: Machine,
         ledger: Ledger,
         store: Store,
+        upstreams: Upstreams,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._probers = probers
-        self._hardware = hardware
+        self._machine = machine
         self._ledger = ledger
         self._store = store
+        self._upstreams = upstreams
+        # Of the loads that go on: their memory is not yet missing from what a GPU says is free.
+        self._on_gpus: dict[str, dict[str, dict[str, int]]] = {}
 
     async def load(self, record: ModelRecord, watch: Watch) -> Instance:
         """Return a loaded instance of the model, its memory booked and measured.
@@ -88,18 +123,17 @@ class Loader:
         Raises ModelNotDownloaded, Conflict (files changed), BackendUnavailable,
         InsufficientMemory, LoadFailed, LoadTimeout. Nothing is left behind by a load that fails.
         """
-        if record.artifact is None:
-            raise ModelNotDownloaded(
-                f"{record.unique} is not downloaded: run `modeld pull {record.unique}` first"
-            )
-        check_unchanged(record.artifact)
+        artifact = _described(record)
+        check_unchanged(artifact)
         failures = []
-        for candidate in await self._usable(record, record.artifact):
+        for candidate in await self._usable(record, artifact):
             try:
-                return await self._load_with(candidate.backend, record, record.artifact, watch)
+                return await self._load_with(candidate.backend, record, artifact, watch)
             except (LoadFailed, WorkerCrashed, InvalidRequest) as error:
                 log.warning("model=%s backend=%s %s", record.unique, candidate.backend, error)
                 failures.append(f"{candidate.backend}: {error.message}")
+                if not isinstance(error, InvalidRequest):
+                    self._probers.doubt(candidate.backend)
         raise LoadFailed(f"{record.unique} could not be loaded. {'; '.join(failures)}")
 
     async def explain(self, record: ModelRecord) -> Explanation:
@@ -107,13 +141,8 @@ class Loader:
 
         Raises ModelNotDownloaded.
         """
-        if record.artifact is None:
-            raise ModelNotDownloaded(
-                f"{record.unique} is not downloaded, so its file can't be looked at: run "
-                f"`modeld pull {record.unique}` first"
-            )
         fixed, by = self._fixed(record)
-        ranked = await self._ranked(record.artifact)
+        ranked = await self._ranked(_described(record))
         usable = [c for c in ranked if c.fit.score > 0 and fixed in ("", c.backend)]
         return Explanation(
             candidates=ranked,
@@ -127,9 +156,27 @@ class Loader:
             return record.backend, "the model"
         return self._settings.backend, "[models] backend"
 
-    async def _ranked(self, artifact: Artifact) -> list[Candidate]:
-        probes = await self._probers.ask(self._registry.for_format(artifact.format))
-        return self._registry.rank(artifact, probes, self._hardware)
+    async def plan(self, record: ModelRecord) -> Planned:
+        """Say what a load of the model would be if nothing else ran. Starts and books nothing.
+
+        Raises ModelNotDownloaded, BackendUnavailable, InvalidRequest.
+        """
+        artifact = _described(record)
+        candidate = (await self._usable(record, artifact))[0]
+        options = await self._options(record, candidate.backend, models=1)
+        return Planned(
+            backend=candidate.backend,
+            reason=candidate.fit.reason,
+            options=options,
+            estimate=self._estimate(candidate.backend, artifact, options),
+        )
+
+    async def _ranked(self, artifact: Artifact, fixed: str = "") -> list[Candidate]:
+        names = [fixed] if fixed in self._registry.classes else None
+        probes = await self._probers.ask(
+            names or self._registry.for_format(artifact.format), patience_s=_PATIENCE_S
+        )
+        return self._registry.rank(artifact, probes, await self._machine.look(afresh=False))
 
     async def _usable(self, record: ModelRecord, artifact: Artifact) -> list[Candidate]:
         """Return the backends that can run the model, the best first, or only the fixed one.
@@ -140,30 +187,46 @@ class Loader:
         if fixed and fixed not in self._registry.paths:
             names = ", ".join(sorted(self._registry.paths))
             raise BackendUnavailable(f"{by} asks for the backend {fixed!r}; there are {names}")
-        ranked = [c for c in await self._ranked(artifact) if fixed in ("", c.backend)]
+        ranked = [c for c in await self._ranked(artifact, fixed) if fixed in ("", c.backend)]
         usable = [candidate for candidate in ranked if candidate.fit.score > 0]
         if not usable:
             reasons = "; ".join(f"{c.backend}: {c.fit.reason}" for c in ranked)
             raise BackendUnavailable(f"no backend can run this model here. {reasons}")
         return usable
 
-    def _options(self, record: ModelRecord) -> LoadOptions:
+    async def _options(self, record: ModelRecord, backend: str, *, models: int) -> LoadOptions:
+        """Return the settings of a load beside which `models`, itself included, compute."""
+        probes = await self._probers.ask([backend])
+        hardware = await self._machine.look()
+        vendors = probes[backend].gpu_vendors
         return LoadOptions(
             context_length=self._settings.context_length or None,
             slots=self._settings.slots or None,
-            threads=self._hardware.physical_cores,
+            threads=threads(hardware.physical_cores, models),
+            gpus=tuple(self._left_of(gpu) for gpu in hardware.gpus if gpu.vendor in vendors),
             engine=dict(record.options),
         )
+
+    def _left_of(self, gpu: Gpu) -> Gpu:
+        if gpu.free_bytes is None:
+            return gpu
+        parts = [on_gpus.get(gpu.id, {}) for on_gpus in self._on_gpus.values()]
+        taken = sum(sum(part.values()) for part in parts)
+        return replace(gpu, free_bytes=max(0, gpu.free_bytes - taken))
+
+    def _estimate(self, backend: str, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
+        try:
+            return self._registry.classes[backend].estimate(artifact, options)
+        except BackendError as error:
+            raise error_from(error.code, error.message) from error
 
     async def _load_with(
         self, backend: str, record: ModelRecord, artifact: Artifact, watch: Watch
     ) -> Instance:
-        options = self._options(record)
-        try:
-            estimate = self._registry.classes[backend].estimate(artifact, options)
-        except BackendError as error:
-            raise error_from(error.code, error.message) from error
+        options = await self._options(record, backend, models=1 + watch.busy())
+        estimate = self._estimate(backend, artifact, options)
         self._ledger.reserve(record.id, record.unique, estimate.total_bytes)
+        self._on_gpus[record.id] = estimate.gpu_parts
         watch.chosen(backend, estimate)
         scratch: Path | None = None
         worker: Worker | None = None
@@ -179,6 +242,7 @@ class Loader:
                 scratch_dir=str(scratch),
                 placement=estimate.placement,
                 engine=options.engine,
+                upstream=self._upstreams.of(record),
             )
             loaded = await worker.load(
                 spec, timeout_s=self._settings.load_timeout_s, progress=watch.progress
@@ -195,6 +259,8 @@ class Loader:
             if isinstance(error, LoadFailed) and worker and (cause := worker.first_complaint()):
                 raise LoadFailed(f"{error.message} The engine said: {cause}") from error
             raise
+        finally:
+            self._on_gpus.pop(record.id, None)
         log.info(
             "model=%s backend=%s pid=%d estimate_bytes=%d measured_bytes=%d seconds=%.2f",
             record.unique,

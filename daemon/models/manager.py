@@ -40,7 +40,7 @@ from daemon.errors import (
     QueueFull,
 )
 from daemon.memory.ledger import Ledger
-from daemon.models.loader import Explanation, Loader, Watch
+from daemon.models.loader import Explanation, Loader, Planned, Watch
 from daemon.models.resident import Instance, ModelState, ModelStatus, Resident, crash_delay
 from daemon.store import Store
 from daemon.workers.worker import Answer, Worker
@@ -105,6 +105,10 @@ class ModelManager:
     async def explain(self, record: ModelRecord) -> Explanation:
         """Say which backend a load of the model would take, and why. Raises ModelNotDownloaded."""
         return await self._loader.explain(record)
+
+    async def plan(self, record: ModelRecord) -> Planned:
+        """Say what a load of the model would be, without one. Raises ModeldError."""
+        return await self._loader.plan(record)
 
     async def load(self, record: ModelRecord) -> None:
         """Have the model in memory. Raises ModeldError."""
@@ -189,8 +193,12 @@ class ModelManager:
         def progress(fraction: float) -> None:
             resident.progress = fraction
 
+        def busy() -> int:
+            others = [other for other in self._residents.values() if other is not resident]
+            return sum(1 for other in others if other.in_flight)
+
         record = self._catalog.get(resident.model_id)
-        watch = Watch(chosen=chosen, started=started, progress=progress)
+        watch = Watch(chosen=chosen, started=started, progress=progress, busy=busy)
         instance = await self._loader.load(record, watch)
         if resident.unload_wanted.is_set():
             await self._loader.give_back(resident.model_id, instance, "it was unloaded")

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# The interpreter and the C library, then what the engines and GPU drivers read.
+# The interpreter, the C library and OpenSSL (an upstream's certificate may be signed by the user's
+# own authority), then what the engines and GPU drivers read.
 _NAMES = frozenset(
-    "PATH HOME USER LOGNAME LANG LANGUAGE TZ TMPDIR VIRTUAL_ENV LD_LIBRARY_PATH SYSTEMROOT".split()
+    """
+    PATH HOME USER LOGNAME LANG LANGUAGE TZ TMPDIR VIRTUAL_ENV LD_LIBRARY_PATH SYSTEMROOT
+    SSL_CERT_FILE SSL_CERT_DIR
+    """.split()
 )
 _PREFIXES = tuple(
     """
@@ -21,7 +25,7 @@ _PREFIXES = tuple(
 _FETCHER_NAMES = frozenset(
     """
     HF_TOKEN HF_HOME HF_TOKEN_PATH HF_ENDPOINT XDG_CACHE_HOME HTTP_PROXY HTTPS_PROXY ALL_PROXY
-    NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
+    NO_PROXY REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
     """.split()
 )
 _SECRET_WORDS = ("TOKEN", "SECRET", "PASSW", "CREDENTIAL", "_KEY")

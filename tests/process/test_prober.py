@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -60,12 +61,12 @@ def add_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AddBackend:
 
 
 @pytest.fixture
-async def probers(tmp_path: Path) -> AsyncIterator[Callable[[dict[str, str]], Probers]]:
+async def probers(tmp_path: Path) -> AsyncIterator[Callable[..., Probers]]:
     """Make the probers of a registry; they are closed after the test."""
     made: list[Probers] = []
 
-    def make(paths: dict[str, str]) -> Probers:
-        made.append(Probers(Registry(paths), catalog))
+    def make(paths: dict[str, str], *drivers: Callable[[], str]) -> Probers:
+        made.append(Probers(Registry(paths), catalog, *drivers))
         return made[-1]
 
     catalog = Catalog(tmp_path / "catalog.db")
@@ -228,6 +229,7 @@ class Backend(ReferenceBackend):
     def probe(cls):
         with open({log!r}, "a") as file:
             file.write("probed\\n")
+        {first}
         return Probe(backend="versioned", available={available}, version="1", reason="")
 """
 
@@ -240,26 +242,32 @@ def versioned(tmp_path, monkeypatch):
     log = tmp_path / "probes.log"
     log.touch()
 
-    def install(version: str, *, available: bool = True) -> dict[str, str]:
-        (tmp_path / "versioned_backend.py").write_text(
-            VERSIONED.format(log=str(log), available=available)
-        )
+    def remove() -> None:
         for old in tmp_path.glob("versioned_engine-*.dist-info"):
-            (old / "METADATA").unlink()
-            old.rmdir()
+            shutil.rmtree(old)
+
+    def install(version: str, *, available: bool = True, first: str = "") -> dict[str, str]:
+        (tmp_path / "versioned_backend.py").write_text(
+            VERSIONED.format(log=str(log), available=available, first=first)
+        )
+        remove()
         info = tmp_path / f"versioned_engine-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Name: versioned-engine\nVersion: {version}\n")
-        return {"versioned": "versioned_backend:Backend"}
+        (info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/RECORD,,\n")
+        return install.paths
 
+    install.paths = {"versioned": "versioned_backend:Backend"}
+    install.remove = remove
     install.count = lambda: len(log.read_text().splitlines())
     return install
 
 
 async def test_a_working_engine_is_asked_once_for_each_version(probers, versioned):
     """Each `probers(…)` is another start of the daemon on the same data."""
+    paths = versioned("1.0")
     for _ in range(2):
-        assert (await probers(versioned("1.0")).ask(["versioned"]))["versioned"].available
+        assert (await probers(paths).ask(["versioned"]))["versioned"].available
     assert versioned.count() == 1
     assert (await probers(versioned("1.1")).ask(["versioned"]))["versioned"].available
     assert versioned.count() == 2
@@ -270,6 +278,100 @@ async def test_an_engine_that_does_not_work_is_asked_at_every_start(probers, ver
         probes = await probers(versioned("1.0", available=False)).ask(["versioned"])
         assert not probes["versioned"].available
     assert versioned.count() == 2
+
+
+async def test_an_engine_that_is_installed_again_in_the_same_version_is_asked_again(
+    probers, versioned
+):
+    """A repair, or a build for a GPU: pip writes a new RECORD."""
+    asked = probers(versioned("1.0"))
+    await ask(asked, "versioned")
+    await ask(asked, "versioned")
+    assert versioned.count() == 1
+    versioned("1.0")
+    assert (await ask(asked, "versioned"))["versioned"].available
+    assert versioned.count() == 2
+    assert (await ask(probers(versioned.paths), "versioned"))["versioned"].available
+    assert versioned.count() == 2
+
+
+async def test_an_engine_that_is_removed_is_asked_again(probers, versioned):
+    asked = probers(versioned("1.0"))
+    await ask(asked, "versioned")
+    versioned.remove()
+    await ask(asked, "versioned")
+    assert versioned.count() == 2
+
+
+async def test_a_new_driver_has_every_engine_asked_again(probers, versioned):
+    driver = ["6.1, nvidia 550"]
+    asked = probers(versioned("1.0"), lambda: driver[0])
+    await ask(asked, "versioned")
+    driver[0] = "6.1, nvidia 560"
+    await ask(asked, "versioned")
+    assert versioned.count() == 2
+
+
+async def test_an_engine_that_failed_at_a_load_is_asked_again(probers, versioned):
+    asked = probers(versioned("1.0"))
+    await ask(asked, "versioned")
+    asked.doubt("versioned")
+    await ask(asked, "versioned")
+    assert versioned.count() == 2
+
+
+async def test_an_engine_that_hangs_is_not_waited_for_at_the_next_start(
+    probers, versioned, monkeypatch
+):
+    monkeypatch.setattr(prober, "_TIMEOUT_S", 1.0)
+    paths = versioned("1.0", first="import time; time.sleep(3600)")
+    asked = probers(paths)
+    assert "hangs" in (await ask(asked, "versioned"))["versioned"].reason
+    for again in (asked, probers(paths)):
+        began = time.monotonic()
+        assert "hangs" in (await ask(again, "versioned"))["versioned"].reason
+        assert not [probe for probe in await again.all() if probe.available]
+        assert time.monotonic() - began < 0.5
+    assert versioned.count() == 1
+    # until it is repaired
+    assert (await ask(probers(versioned("1.0")), "versioned"))["versioned"].available
+
+
+async def test_that_an_engine_hangs_is_forgotten_after_an_hour(probers, versioned, monkeypatch):
+    monkeypatch.setattr(prober, "_TIMEOUT_S", 1.0)
+    paths = versioned("1.0", first="import time; time.sleep(3600)")
+    await ask(probers(paths), "versioned")
+    later = time.time() + 3601
+    monkeypatch.setattr(prober.time, "time", lambda: later)
+    await ask(probers(paths), "versioned")
+    assert versioned.count() == 2
+
+
+async def test_an_engine_that_hangs_delays_nobody_who_has_another(probers, add_backend):
+    hang = add_backend("slow", "import time; time.sleep(3600)")
+    asked = probers({"reference": PATHS["reference"], "slow": hang})
+    began = time.monotonic()
+    async with asyncio.timeout(PATIENCE_S):
+        probes = await asked.ask(["reference", "slow"], patience_s=0.1)
+    assert time.monotonic() - began < 5
+    assert probes["reference"].available
+    assert "has not answered yet" in probes["slow"].reason
+
+
+async def test_patience_lasts_until_there_is_one_that_works(probers, add_backend, tmp_path):
+    gate = tmp_path / "gate"
+    wait = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+    path = add_backend("late", wait)
+    with (tmp_path / "late_backend.py").open("a") as file:
+        file.write("        return super().probe()\n")
+    asked = probers({"late": path, "missing": PATHS["missing"]})
+    waiting = asyncio.create_task(asked.ask(["late", "missing"], patience_s=0.05))
+    await asked.ask(["missing"])
+    done, _ = await asyncio.wait([waiting], timeout=0.3)
+    assert not done
+    gate.touch()
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await waiting)["late"].available
 
 
 async def test_a_backend_of_no_distribution_is_asked_at_every_start(probers, tmp_path):

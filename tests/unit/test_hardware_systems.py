@@ -5,92 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from computers import GIB, TREES, lay_out, no_nvml, no_sysctl, recorded_nvml, see, see_apple
 
 from backends import hardware
 from backends.hardware import darwin
-
-TREES = Path(__file__).parent / "hardware"
-GIB = 1024**3
-
-
-class NotSupported(Exception):
-    """As pynvml raises it."""
-
-
-class RecordedNvml:
-    """The functions of pynvml, with the answers of another computer."""
-
-    def __init__(self, driver, gpus):
-        self.driver, self.gpus = driver, gpus
-        self.open = 0
-
-    def nvmlInit(self):
-        self.open += 1
-
-    def nvmlShutdown(self):
-        self.open -= 1
-
-    def nvmlSystemGetDriverVersion(self):
-        return self.driver
-
-    def nvmlDeviceGetCount(self):
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        return self.gpus[index]
-
-    def nvmlDeviceGetName(self, gpu):
-        return gpu["name"]
-
-    def nvmlDeviceGetUUID(self, gpu):
-        return gpu["uuid"]
-
-    def nvmlDeviceGetPciInfo(self, gpu):
-        return SimpleNamespace(busId=gpu["busId"])
-
-    def nvmlDeviceGetMemoryInfo(self, gpu):
-        if "total" not in gpu:
-            raise NotSupported("Not Supported")
-        return SimpleNamespace(total=gpu["total"], free=gpu["free"])
-
-    def nvmlDeviceGetCudaComputeCapability(self, gpu):
-        return tuple(gpu["capability"])
-
-
-def lay_out(root, name):
-    """Write a computer's files below `root`."""
-    for section in (TREES / f"{name}.tree").read_text().split("=== ")[1:]:
-        path, _, text = section.partition("\n")
-        file = root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-
-
-def recorded_nvml(root):
-    return RecordedNvml(**json.loads((root / "nvml.json").read_text()))
-
-
-def no_nvml():
-    raise ModuleNotFoundError("No module named 'pynvml'")
-
-
-def no_sysctl(name):
-    raise AssertionError(f"sysctl {name} asked on Linux")
-
-
-def see(root, name, *, nvml=None):
-    """Detect a Linux computer; `nvml` replaces its recorded answers."""
-    lay_out(root, name)
-    if nvml is None:
-        nvml = no_nvml
-        if (root / "nvml.json").exists():
-            recorded = recorded_nvml(root)
-            nvml = lambda: recorded  # noqa: E731
-    return hardware.detect(root, system="linux", sysctl=no_sysctl, open_nvml=nvml)
 
 
 def test_two_nvidia_cards(tmp_path):
@@ -135,6 +55,18 @@ def test_without_nvml_s_package_nvidia_cards_are_named_and_it_is_said_what_to_in
     assert found.gpus[0].sources == {"name": "/proc/driver/nvidia/gpus/0000:17:00.0/information"}
     (problem,) = found.problems
     assert "pip install nvidia-ml-py" in problem
+
+
+def test_without_nvml_nvidia_cards_are_named_and_nothing_is_loaded(tmp_path):
+    lay_out(tmp_path, "two_nvidia")
+    found = hardware.detect(tmp_path, system="linux")
+    assert [gpu.id for gpu in found.gpus] == ["0000:17:00.0", "0000:65:00.0"]
+    assert [gpu.free_bytes for gpu in found.gpus] == [None, None]
+    assert found.problems == () and "pynvml" not in sys.modules
+
+
+def test_a_gpu_has_the_same_id_with_and_without_nvml(tmp_path):
+    assert [gpu.id for gpu in see(tmp_path, "two_nvidia").gpus] == ["0000:17:00.0", "0000:65:00.0"]
 
 
 def test_a_card_with_the_free_driver_is_named_and_can_not_compute(tmp_path):
@@ -224,10 +156,7 @@ def test_intel_s_integrated_gpu_and_card(tmp_path):
 
 
 def test_apple_silicon(tmp_path):
-    lay_out(tmp_path, "apple_silicon")
-    lines = (tmp_path / "sysctl").read_text().splitlines()
-    answers = dict(line.split(": ", 1) for line in lines)
-    found = hardware.detect(tmp_path, system="darwin", sysctl=answers.get, open_nvml=no_sysctl)
+    found = see_apple(tmp_path)
     assert found.cpu_model == "Apple M2 Pro" and found.platform == "darwin"
     # only the fast cores compute
     assert (found.physical_cores, found.installed_cores, found.logical_cores) == (8, 12, 12)
@@ -235,11 +164,21 @@ def test_apple_silicon(tmp_path):
     assert found.ram_bytes == 32 * GIB
     (gpu,) = found.gpus
     assert (gpu.vendor, gpu.name, gpu.integrated) == ("apple", "Apple M2 Pro", True)
-    assert gpu.total_bytes == 32 * GIB and 0 < gpu.free_bytes <= gpu.total_bytes
-    assert gpu.sources["total_bytes"] == "sysctl hw.memsize"
-    answers["iogpu.wired_limit_mb"] = "24576"
-    found = hardware.detect(tmp_path, system="darwin", sysctl=answers.get)
-    assert found.gpus[0].total_bytes == 24 * GIB
+    assert gpu.total_bytes == 32 * GIB * 2 // 3 and 0 < gpu.free_bytes <= gpu.total_bytes
+    assert gpu.sources["total_bytes"] == "Metal's share of sysctl hw.memsize"
+
+
+@pytest.mark.parametrize(
+    ("gib", "limit_mb", "usable_mib"),
+    [("16", "0", 10922), ("36", "0", 27648), ("64", "0", 49152), ("64", "57344", 57344),
+     ("16", "999999", 16384)],
+)  # fmt: skip
+def test_what_the_gpu_of_a_mac_may_use(tmp_path, gib, limit_mb, usable_mib):
+    changed = {"hw.memsize": str(int(gib) * GIB), "iogpu.wired_limit_mb": limit_mb}
+    (gpu,) = see_apple(tmp_path, **changed).gpus
+    assert gpu.total_bytes // 2**20 == usable_mib
+    if limit_mb != "0":
+        assert gpu.sources["total_bytes"] == "sysctl iogpu.wired_limit_mb"
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="there it answers")

@@ -40,7 +40,7 @@ def test_no_module_has_global_state():
 def test_the_readme_names_every_command():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`modeld ([a-z]+)", text))
-    assert named == set(_commands()) | {"serve"}
+    assert named == set(_commands()) | {"serve", "doctor"}
 
 
 def test_the_architecture_page_names_only_files_that_are_there():

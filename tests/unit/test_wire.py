@@ -136,6 +136,19 @@ MESSAGES += [
         wire.FromProber,
         wire.Probed(probe=contract.Probe(backend="x", available=False, reason="not installed")),
     ),
+    (
+        wire.FromProber,
+        wire.Detected(
+            hardware=contract.Hardware(
+                cpu_model="x",
+                physical_cores=1,
+                logical_cores=2,
+                ram_bytes=3,
+                gpus=(contract.Gpu(id="0", vendor="nvidia", name="y", sources={"name": "NVML"}),),
+                problems=("z",),
+            )
+        ),
+    ),
 ]
 
 

@@ -18,7 +18,8 @@ def routes() -> list[web.RouteDef]:
 
 def _view(record: ModelRecord) -> dict[str, Any]:
     created = int(datetime.fromisoformat(record.created).timestamp())
-    return {"id": record.unique, "object": "model", "created": created, "owned_by": "modeld"}
+    owner = "modeld:remote" if record.cloud else "modeld"  # another modeld does not list the former
+    return {"id": record.unique, "object": "model", "created": created, "owned_by": owner}
 
 
 async def list_models(request: web.Request) -> web.Response:

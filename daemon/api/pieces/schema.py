@@ -116,7 +116,7 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         "created": {"value": record.created},
         "name": record.name,
         "unique": record.unique,
-        "cloud": False,
+        "cloud": record.cloud,
         "cpu": True,
         "custom": record.custom,
         "type": record.kind,
