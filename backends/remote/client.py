@@ -239,7 +239,7 @@ class Client:
             return self._error(message, "context_length_exceeded")
         if status in _REFUSED or (status is None and kind == "invalid_request_error"):
             return self._error(message, "invalid_request")
-        return self._error(message)
+        return self._error(message, "queue_full" if status == 429 else "engine_error")
 
     def _told(self, read: Callable[..., T], *arguments: object) -> T:
         """Return what `read` makes of an answer; its errors say whose answer that was."""

@@ -38,10 +38,12 @@ def error_from(code: str, message: str) -> errors.ModeldError:
             errors.InvalidRequest,
             errors.ContextLengthExceeded,
             errors.LoadFailed,
+            errors.QueueFull,
             errors.EngineError,
         )
     }
-    return kinds.get(code, errors.EngineError)(message)
+    kind = kinds.get(code, errors.EngineError)
+    return kind(message, retry_after_s=5 if kind is errors.QueueFull else None)
 
 
 class Request:

@@ -121,18 +121,17 @@ def backend():
 
 @pytest.fixture
 def direct():
-    """The engine's own class, `direct(path, **settings)`, with the backend's batches."""
+    """The engine's own class, `direct(path, **changes)`, with the backend's batches."""
     needs_engine("llama_cpp")
     import llama_cpp
 
     opened = []
 
-    def loaded(path: Path, **settings: Any) -> Any:
-        fixed = {"n_ctx": CONTEXT_LENGTH, "n_threads": 2}
-        llama = llama_cpp.Llama(
-            str(path),
-            **fixed | {"n_threads_batch": 2, "n_gpu_layers": 0, "flash_attn": True} | settings,
-        )
+    def loaded(path: Path, **changes: Any) -> Any:
+        batch = batch_tokens()
+        usual = {"n_ctx": CONTEXT_LENGTH, "n_batch": batch, "n_ubatch": batch, "flash_attn": True}
+        computed = {"n_threads": 2, "n_threads_batch": 2, "n_gpu_layers": 0}
+        llama = llama_cpp.Llama(str(path), **usual | computed | changes)
         opened.append(llama)
         return llama
 

@@ -10,9 +10,13 @@ import subprocess
 import sys
 import zlib
 
+import gguf
 import gguf_models
 import pytest
+from contract_cases import artifact_of
 from running import RunningDaemon
+
+from backends.gguf import prefill_batch
 
 SCHEMA = {
     "type": "object",
@@ -188,25 +192,17 @@ def test_logprobs_are_those_of_the_tokens_of_the_answer(daemon, sample):
         assert sum(math.exp(other["logprob"]) for other in top) <= 1.0001
 
 
+def token_id(piece: str) -> int:
+    """The id of a token of the sample model, from its file."""
+    fields = gguf.GGUFReader(gguf_models.smollm2()).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    return [bytes(tokens.parts[part]).decode() for part in tokens.data].index(piece)
+
+
 def test_a_bias_keeps_a_token_out(daemon, sample):
-    plain = daemon.json(
-        "POST",
-        "/v1/completions",
-        {"model": sample, "prompt": "1 2 3", "temperature": 0} | {"max_tokens": 1, "logprobs": 0},
-    )["choices"][0]
-    listing = daemon.json(
-        "POST",
-        "/v1/chat/completions",
-        {
-            "model": sample,
-            "messages": QUESTION,
-            "temperature": 0,
-            "max_tokens": 1,
-            "logit_bias": {str(n): -100 for n in range(1000)},
-        },
-    )
-    assert plain["text"] and listing["choices"][0]["message"]["content"]
-    assert listing["choices"][0]["message"]["content"] != text(daemon, sample, max_tokens=1)
+    first = text(daemon, sample, max_tokens=1)
+    kept_out = text(daemon, sample, max_tokens=1, logit_bias={str(token_id(first)): -100})
+    assert kept_out and kept_out != first
 
 
 def test_a_text_goes_on_and_an_empty_one_is_refused(daemon, sample):
@@ -247,14 +243,16 @@ def test_an_adapter_changes_the_text_and_at_scale_0_it_does_not(daemon, sample, 
     daemon.json("POST", f"/modeld/v1/models/{off}/unload")
 
 
-def test_a_quantized_kv_cache_takes_less_memory_and_still_answers(daemon, sample, add):
+def test_a_quantized_kv_cache_takes_less_memory_and_still_answers(daemon, add):
+    big = add("big-cache", link_sample)
     small = add("small-cache", link_sample, cache_type_k="q8_0", cache_type_v="q8_0")
-    assert text(daemon, sample) and text(daemon, small)
-    big, less = daemon.model(sample), daemon.model(small)
-    saved = big["measured_bytes"] - less["measured_bytes"]
-    expected = big["estimate_bytes"] - less["estimate_bytes"]
-    assert expected > 100e6 and saved == pytest.approx(expected, rel=0.15)
-    daemon.json("POST", f"/modeld/v1/models/{small}/unload")
+    shown = [daemon.json("POST", f"/modeld/v1/models/{model}/load") for model in (big, small)]
+    saved = shown[0]["measured_bytes"] - shown[1]["measured_bytes"]
+    expected = shown[0]["estimate_bytes"] - shown[1]["estimate_bytes"]
+    assert expected > 100e6 and saved == pytest.approx(expected, rel=0.1)
+    assert text(daemon, small)
+    for model in (big, small):
+        daemon.json("POST", f"/modeld/v1/models/{model}/unload")
 
 
 def test_flash_attention_can_be_turned_off(daemon, sample, add):
@@ -362,16 +360,14 @@ os._exit(0)
 
 
 def test_greedy_text_is_the_engine_s_own(daemon, sample, tmp_path):
-    from contract_cases import artifact_of
 
-    from backends import gguf
 
     fields = {
         "messages": [{"role": "user", "content": "Tell me about the Eiffel Tower."}],
         "temperature": 0,
         "max_tokens": 64,
     }
-    batch = gguf.prefill_batch(artifact_of(gguf_models.smollm2()), 2)
+    batch = prefill_batch(artifact_of(gguf_models.smollm2()), 2)
     done = subprocess.run(
         [sys.executable, "-c", DIRECT, str(gguf_models.smollm2()), str(batch), json.dumps(fields)],
         capture_output=True,

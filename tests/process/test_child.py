@@ -20,7 +20,7 @@ import pytest
 
 from backends import contract, wire
 from daemon.workers.child import Child, describe_exit
-from daemon.workers.environment import for_engines, for_fetcher
+from daemon.workers.environment import DEFAULTS, for_engines, for_fetcher
 
 CHILDREN = Path(__file__).parent / "children"
 GRACE_S = 0.3
@@ -362,13 +362,18 @@ def test_engines_see_what_they_need_and_no_secret():
         "MODELD_HOST",
     ]
     kept = {"PATH": "/bin", "HOME": "/", "LANG": "C", "OMP_NUM_THREADS": "2", "CUDA_PATH": "/c"}
-    assert for_engines(kept | dict.fromkeys(secrets, "hidden")) == kept
+    assert for_engines(kept | dict.fromkeys(secrets, "hidden")) == DEFAULTS | kept
+
+
+def test_what_engines_get_by_default_a_user_may_change():
+    assert for_engines({})["OMP_WAIT_POLICY"] == "passive"
+    assert for_engines({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
 
 
 def test_a_fetcher_sees_the_hub_s_token_and_the_proxy_and_no_other_secret():
     kept = {"PATH": "/bin", "HF_TOKEN": "hf_x", "https_proxy": "http://proxy:1", "HF_HOME": "/h"}
     secrets = dict.fromkeys(["GITHUB_PAT", "OPENAI_API_KEY", "NOTIFY_SOCKET"], "hidden")
-    assert for_fetcher(kept | secrets) == kept
+    assert for_fetcher(kept | secrets) == DEFAULTS | kept
 
 
 @linux_only

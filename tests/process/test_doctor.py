@@ -35,17 +35,20 @@ def snapshot(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
-def started(tmp_path: Path, **extra: str) -> tuple[RunningDaemon, float]:
-    """Start a daemon a few times, since the machine may be busy; return the last, and the best."""
-    seconds: list[float] = []
-    while True:
-        daemon = RunningDaemon(tmp_path, **extra)
-        began = time.monotonic()
-        daemon.start()
-        seconds.append(time.monotonic() - began)
-        if min(seconds) < 2 or len(seconds) == 4:
-            return daemon, min(seconds)
-        daemon.stop()
+def started_soon(tmp_path: Path, **extra: str) -> RunningDaemon:
+    """Start a daemon within 2 s, or as fast as one that has nothing to bear: the machine may be busy."""
+    for attempt in range(4):
+        seconds = []
+        for each in ({}, extra):
+            daemon = RunningDaemon(tmp_path, **each)
+            began = time.monotonic()
+            daemon.start()
+            seconds.append(time.monotonic() - began)
+            plain, burdened = seconds[0], seconds[-1]
+            if each is extra and (burdened < 2 or burdened < 1.5 * plain):
+                return daemon
+            daemon.stop()
+    raise AssertionError(f"it started in {burdened:.1f} s, without a burden in {plain:.1f} s")
 
 
 def test_it_asks_the_daemon_that_runs(daemon):
@@ -53,7 +56,7 @@ def test_it_asks_the_daemon_that_runs(daemon):
     shown = daemon.command("doctor")
     assert shown.returncode == 0, shown.stderr
     assert " is running." in shown.stdout and SAMPLE in shown.stdout
-    assert "xllamacpp" in shown.stdout and "all on the CPU" in shown.stdout
+    assert "xllamacpp" in shown.stdout and "no GPU that this engine can use" in shown.stdout
     found = json.loads(daemon.command("doctor", "--json").stdout)
     (model,) = found["models"]
     assert found["running"] and found["ok"] and not model["problem"]
@@ -120,9 +123,8 @@ def no_engines(tmp_path):
 
 
 def test_without_all_engines_it_starts_serves_and_says_what_to_install(tmp_path, no_engines):
-    daemon, seconds = started(tmp_path, PYTHONPATH=no_engines)
+    daemon = started_soon(tmp_path, PYTHONPATH=no_engines)
     try:
-        assert seconds < 2
         assert daemon.request("GET", "/health")[0] == 200
         assert SAMPLE in [m["unique"] for m in daemon.json("GET", "/modeld/v1/models")["models"]]
         daemon.download()
@@ -142,7 +144,7 @@ def test_without_all_engines_it_starts_serves_and_says_what_to_install(tmp_path,
 def test_without_one_engine_the_others_serve(tmp_path, no_engines):
     needs_engine("llama_cpp")
     (tmp_path / "shims" / "llama_cpp.py").unlink()
-    daemon, _ = started(tmp_path, PYTHONPATH=no_engines)
+    daemon = started_soon(tmp_path, PYTHONPATH=no_engines)
     try:
         daemon.download()
         daemon.json("POST", f"/modeld/v1/models/{SAMPLE}/load")
@@ -167,9 +169,8 @@ def plugins(tmp_path):
 
 
 def test_broken_engines_delay_neither_the_start_nor_a_load(tmp_path, plugins):
-    daemon, seconds = started(tmp_path, PYTHONPATH=plugins)
+    daemon = started_soon(tmp_path, PYTHONPATH=plugins)
     try:
-        assert seconds < 2
         daemon.download()
         began = time.monotonic()
         daemon.json("POST", f"/modeld/v1/models/{SAMPLE}/load")
