@@ -106,7 +106,10 @@ class Worker:
         task = needed_task(message.request)
         if task not in self._tasks:
             can = ", ".join(self._tasks)
-            raise BackendError("invalid_request", f"this model can't do {task}, only {can}")
+            why = ""
+            if task is Task.CHAT and Task.COMPLETE in self._tasks:
+                why = ": it has no chat template (`chat_template` of the model may bring one)"
+            raise BackendError("invalid_request", f"this model can't do {task}, only {can}{why}")
         method = getattr(self._backend, type(message).__name__.lower())
         working = method(message.request, cancelled)
         if not isinstance(working, Generator):

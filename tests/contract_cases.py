@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import gguf_models
+import onnx_files
+from ggml_files import write_ggml
 
 from backends.contract import Artifact, ModelFile, Task
 from daemon.artifacts import folder
@@ -22,8 +25,7 @@ class Case:
     """One backend on one model.
 
     `tasks` are those that it must announce. `grammar`: its answers can be held to one.
-    `words_are_tokens`: its vocabulary has words, not only bytes. `context_length` and `slots` are
-    what is asked for.
+    `context_length`, `slots` and `threads` are what is asked for.
     """
 
     name: str
@@ -34,7 +36,8 @@ class Case:
     context_length: int = 512
     slots: int = 2
     grammar: bool = False
-    words_are_tokens: bool = True
+    threads: int = 2
+    is_remote: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +55,17 @@ def sample(_: Path) -> Path:
 
 
 def artifact_of(path: Path) -> Artifact:
-    """Read a model as a download does."""
+    """Read a model as a download does; an empty folder is a model that runs elsewhere."""
+    if path.is_dir() and not any(path.iterdir()):
+        return Artifact(
+            format="remote",
+            files=(),
+            architecture="",
+            parameters=0,
+            quantization="",
+            context_length=512,
+            weights_bytes=0,
+        )
     where = path if path.is_dir() else path.parent
     names = list(folder.scan(path)) if path.is_dir() else [path.name]
     model = folder.read(where, names)
@@ -75,6 +88,37 @@ GGUF = {
     "xllamacpp": "backends.xllamacpp:Xllamacpp",
     "llama_cpp": "backends.llama_cpp:LlamaCpp",
 }
+
+
+def ggml(folder: Path, architecture: str) -> Path:
+    """A tiny GGML model of a given architecture."""
+    return write_ggml(folder / "m.bin", architecture, context_length=512)
+
+
+def onnx_embedder(folder: Path) -> Path:
+    """all-MiniLM-L6-v2."""
+    onnx_files.embedder(folder)
+    return folder
+
+
+def onnx_head(folder: Path, labels: dict[str, str]) -> Path:
+    """The same body with a head for scores or labels."""
+    onnx_files.minilm_head(folder, labels)
+    return folder
+
+
+def onnx_decoder(folder: Path) -> Path:
+    """A tiny language model for onnxruntime-genai."""
+    onnx_files.decoder(folder, context_length=512)
+    return folder
+
+
+def nothing(folder: Path) -> Path:
+    """A model on another computer has no files here."""
+    return folder
+
+
+ONNX = "backends.onnx:Onnx"
 TEXT = frozenset({Task.CHAT, Task.COMPLETE})
 CASES = [
     *(
@@ -88,8 +132,6 @@ CASES = [
             module=name,
             build=gguf_models.tiny_llama,
             tasks=TEXT | {Task.INFILL},
-            grammar=False,
-            words_are_tokens=False,
         )
         for name, path in GGUF.items()
     ),
@@ -112,5 +154,57 @@ CASES = [
             tasks=frozenset({Task.RERANK}),
         )
         for name, path in GGUF.items()
+    ),
+    *(
+        Case(
+            name=f"ctransformers-{kind}",
+            backend="backends.ctransformers:CTransformers",
+            module="ctransformers",
+            build=partial(ggml, architecture=kind),
+            tasks=frozenset(tasks),
+            threads=1,
+        )
+        for kind, tasks in (
+            ("gpt2", {Task.COMPLETE}),
+            ("llama", {Task.COMPLETE, Task.EMBED}),
+            ("falcon", {Task.COMPLETE, Task.EMBED}),
+        )
+    ),
+    Case(
+        name="onnx-embedder",
+        backend=ONNX,
+        module="onnxruntime",
+        build=onnx_embedder,
+        tasks=frozenset({Task.EMBED}),
+    ),
+    Case(
+        name="onnx-reranker",
+        backend=ONNX,
+        module="onnxruntime",
+        build=partial(onnx_head, labels={"0": "relevance"}),
+        tasks=frozenset({Task.RERANK}),
+    ),
+    Case(
+        name="onnx-classifier",
+        backend=ONNX,
+        module="onnxruntime",
+        build=partial(onnx_head, labels={"0": "good", "1": "bad", "2": "ugly"}),
+        tasks=frozenset({Task.CLASSIFY}),
+    ),
+    Case(
+        name="onnx-decoder",
+        backend=ONNX,
+        module="onnxruntime_genai",
+        build=onnx_decoder,
+        tasks=TEXT,
+    ),
+    Case(
+        name="remote",
+        backend="backends.remote:Remote",
+        module="aiohttp",
+        build=nothing,
+        tasks=TEXT,
+        grammar=True,
+        is_remote=True,
     ),
 ]

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from backends import gguf
 from backends.contract import Artifact, LoadOptions, MemoryEstimate
 
-BUFFER_BYTES = 256 * gguf.MIB
+_MIB = 1024 * 1024
+BUFFER_BYTES = 256 * _MIB
 # The interpreter with the engine took 38 MiB.
-_RUNTIME_BYTES = 48 * gguf.MIB
+_RUNTIME_BYTES = 48 * _MIB
 _TENSOR_BYTES = 512  # of a tensor's description
 _TENSORS_PER_LAYER = 64
 _SPARE = 1.03  # for what is not counted: alignment, and work space of single operations
@@ -134,7 +135,7 @@ def _compute_bytes(artifact: Artifact, batch: int, context_length: int) -> int:
     if artifact.architecture not in _COSTS:  # sized by the engine, for any batch
         scores = 2 * number(artifact, "heads") * context_length
         elements = number(artifact, "vocabulary") + 20 * number(artifact, "embedding") + scores
-        return 4 * batch * elements + 8 * gguf.MIB
+        return 4 * batch * elements + 8 * _MIB
     one = computing_bytes(artifact, batch, context_length)
     if grows(artifact):
         return one

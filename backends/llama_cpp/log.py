@@ -57,9 +57,12 @@ def overheard() -> Iterator[list[str]]:
         _listener.reset(token)
 
 
+def warnings_of(set_callback: Callable[[Any, None], None]) -> None:
+    """Log the warnings of another library, which takes its callback by `set_callback`."""
+    set_callback(_WARNINGS, None)
+
+
 def _set(callback: Any) -> None:
     import llama_cpp
-    from llama_cpp import mtmd_cpp
 
     llama_cpp.llama_log_set(callback, None)
-    mtmd_cpp.mtmd_helper_log_set(callback, None)

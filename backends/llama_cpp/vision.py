@@ -24,9 +24,16 @@ class Vision:
     """
 
     def __init__(self, path: str, model: Any, *, threads: int, use_gpu: bool) -> None:
-        from llama_cpp import mtmd_cpp
-
+        try:
+            from llama_cpp import mtmd_cpp
+        except Exception as error:
+            raise BackendError(
+                "load_failed",
+                f"this build of llama-cpp-python has no library for images ({error}): load the "
+                "model without its mmproj file, or install a build that has it",
+            ) from error
         self._engine = mtmd_cpp
+        log.warnings_of(mtmd_cpp.mtmd_helper_log_set)
         # A text that has the usual marker in it must not be taken for an image.
         self.marker = f"<__image_{secrets.token_hex(8)}__>"
         self._marker_bytes = self.marker.encode()

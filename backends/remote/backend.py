@@ -35,6 +35,7 @@ from backends.contract import (
     RerankRequest,
     Scores,
     Task,
+    check_options,
 )
 from backends.remote import bodies
 
@@ -79,6 +80,7 @@ class Remote:
     @classmethod
     def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
         """See Backend.estimate. The context is the upstream's, whatever was asked for."""
+        check_options(cls.name, cls.options, options.engine)
         return MemoryEstimate(
             context_length=artifact.context_length,
             slots=options.slots or _SLOTS,

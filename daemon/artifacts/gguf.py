@@ -53,6 +53,7 @@ MAX_ALIGNMENT = 1024 * 1024
 _INT64_MAX = 2**63 - 1  # engines compute sizes and offsets as signed 64-bit numbers
 _CONTEXT_MAX = 2**31 - 1
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
 _CHAT_TEMPLATE = "tokenizer.chat_template"
 _MAGIC = b"GGUF"
 
@@ -66,6 +67,9 @@ class GgufHeader:
     one says the `architecture`; it is empty in the others. `quantization` is
     llama.cpp's name (`Q4_K_M`), `unknown` if the file has no tensors and does not say.
     `context_length` is in tokens, and 0 when the header has none. `alignment` is in bytes.
+
+    `layer_bytes` are the bytes of each layer's weights, `embedding_bytes` those of the table of
+    tokens, `output_bytes` those of the last matrix, 0 if the table of tokens serves as that.
 
     `metadata` has the header's numbers, booleans, strings of at most MAX_STRING_CHARS characters
     and arrays of at most MAX_LIST numbers or booleans, under their own keys. An array that is left
@@ -81,6 +85,9 @@ class GgufHeader:
     weights_bytes: int
     metadata: dict[str, Any]
     tensor_count: int
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    output_bytes: int
     version: int
     alignment: int
 
@@ -236,9 +243,26 @@ def _read_header(cursor: Cursor) -> GgufHeader:
         weights_bytes=sum(tensor.size_bytes for tensor in tensors),
         metadata={key: value for key, value in values.items() if value is not None},
         tensor_count=tensor_count,
+        layer_bytes=_layer_bytes(tensors),
+        embedding_bytes=_bytes_of(tensors, "token_embd."),
+        output_bytes=_bytes_of(tensors, "output."),
         version=version,
         alignment=alignment,
     )
+
+
+def _bytes_of(tensors: list[_Tensor], prefix: str) -> int:
+    return sum(tensor.size_bytes for tensor in tensors if tensor.name.startswith(prefix))
+
+
+def _layer_bytes(tensors: list[_Tensor]) -> tuple[int, ...]:
+    """Return the bytes of `blk.0.…`, `blk.1.…` and so on; at most MAX_LIST of them."""
+    layers: Counter[int] = Counter()
+    for tensor in tensors:
+        found = _LAYER.match(tensor.name)
+        if found and int(found[1]) < MAX_LIST:
+            layers[int(found[1])] += tensor.size_bytes
+    return tuple(layers[number] for number in range(max(layers, default=-1) + 1))
 
 
 def _read_version(cursor: Cursor) -> int:

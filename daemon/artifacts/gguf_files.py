@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 from daemon.artifacts import InvalidModelFile
 from daemon.artifacts.gguf import GgufHeader
@@ -25,7 +26,8 @@ def choose(
 
     The parts of the language model come first, then its image encoder, then its adapters. The
     header is that of all parts together; its metadata has the bytes of the others' weights as
-    `modeld.mmproj_bytes` and `modeld.adapter_bytes`. Raises InvalidModelFile, naming `where`, if
+    `modeld.mmproj_bytes` and `modeld.adapter_bytes`, and those of its own as `modeld.layer_bytes`,
+    `modeld.embedding_bytes` and `modeld.output_bytes`. Raises InvalidModelFile, naming `where`, if
     there is no language model, or several, or one that is not whole.
     """
     named: dict[str, list[str]] = {"weights": [], "mmproj": [], "adapter": []}
@@ -46,6 +48,11 @@ def choose(
         _check_adapter(name, headers[name], model)
     # What a file says under our own keys is not ours.
     metadata = {key: v for key, v in model.metadata.items() if not key.startswith("modeld.")}
+    metadata |= {
+        "modeld.layer_bytes": list(model.layer_bytes),
+        "modeld.embedding_bytes": model.embedding_bytes,
+        "modeld.output_bytes": model.output_bytes,
+    }
     roles = [(name, "weights") for name in parts]
     for role in _OTHER_ROLES:
         roles += [(name, role) for name in named[role]]
@@ -131,6 +138,11 @@ def _whole(headers: Sequence[GgufHeader], first: str) -> GgufHeader:
         weights_bytes=sum(header.weights_bytes for header in headers),
         quantization=quantizations[0] if quantizations else "unknown",
         tensor_count=tensor_count,
+        layer_bytes=tuple(
+            map(sum, zip_longest(*(header.layer_bytes for header in headers), fillvalue=0))
+        ),
+        embedding_bytes=sum(header.embedding_bytes for header in headers),
+        output_bytes=sum(header.output_bytes for header in headers),
     )
 
 

@@ -801,6 +801,17 @@ def test_scores_are_those_of_the_engine_called_directly(load, direct, folder):
     refused(lambda: backend.rerank(replace(long, truncate=True), lambda: True), "cancelled")
 
 
+def test_a_template_of_the_model_s_own_says_what_a_reranker_reads(load, folder):
+    """No small model has such a template; what it does to tokens needs none."""
+    backend = load(artifact_of(gguf_models.reranker(folder)), context_length=512, slots=1)
+    texts, tokenize = backend._texts, backend._model.vocabulary.tokenize
+    texts._template = "Query: {query} Document: {document} Relevant:"
+    whole = tokenize(f"Query: {QUERY} Document: Dogs eat meat. Relevant:", add_special=False)
+    assert texts.pair(QUERY, "Dogs eat meat.", truncate=False) == whole
+    cut = texts.pair(QUERY, "cat " * 600, truncate=True)
+    assert len(cut) == 512 and cut[-2:] == whole[-2:]
+
+
 def own_score(llama: Any, document: str) -> float:
     """Return what the engine makes of [CLS] query [SEP] document [SEP]."""
     import llama_cpp

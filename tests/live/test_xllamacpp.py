@@ -361,7 +361,6 @@ os._exit(0)
 
 def test_greedy_text_is_the_engine_s_own(daemon, sample, tmp_path):
 
-
     fields = {
         "messages": [{"role": "user", "content": "Tell me about the Eiffel Tower."}],
         "temperature": 0,

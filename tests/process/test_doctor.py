@@ -37,7 +37,7 @@ def snapshot(directory: Path) -> dict[str, int]:
 
 def started_soon(tmp_path: Path, **extra: str) -> RunningDaemon:
     """Start a daemon within 2 s, or as fast as one that has nothing to bear: the machine may be busy."""
-    for attempt in range(4):
+    for _ in range(4):
         seconds = []
         for each in ({}, extra):
             daemon = RunningDaemon(tmp_path, **each)

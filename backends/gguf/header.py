@@ -1,0 +1,106 @@
+"""What the header of a GGUF file says of the model: layers, heads, tasks. Pure.
+
+The names of header keys are those of the GGUF specification (github.com/ggml-org/ggml,
+docs/gguf.md). Headers are untrusted: a number that can't be one is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backends.contract import Artifact, Task
+
+# Bytes of one element, from the block layouts in ggml (github.com/ggml-org/ggml, ggml-common.h).
+CACHE_TYPES = {
+    "f32": 4.0,
+    "f16": 2.0,
+    "bf16": 2.0,
+    "q8_0": 34 / 32,
+    "q5_1": 24 / 32,
+    "q5_0": 22 / 32,
+    "q4_1": 20 / 32,
+    "q4_0": 18 / 32,
+    "iq4_nl": 18 / 32,
+}
+# What a pooling type in a header means (llama.cpp, enum llama_pooling_type).
+_POOLING_RANK = 4
+MAX_LAYERS = 1024
+
+
+def layers(artifact: Artifact, key: str, default: int) -> list[int]:
+    """Return a header value for each layer; a header may give one number for all."""
+    value = artifact.metadata.get(f"{artifact.architecture}.{key}", default)
+    if isinstance(value, list):
+        return [count(v, default) for v in value]
+    return [count(value, default)] * min(number(artifact, "block_count", 0), MAX_LAYERS)
+
+
+def number(artifact: Artifact, key: str, default: int) -> int:
+    """Return a header value; the largest, if there is one for each layer."""
+    value = artifact.metadata.get(f"{artifact.architecture}.{key}", default)
+    if isinstance(value, list):
+        return max((count(v, default) for v in value), default=default)
+    return count(value, default)
+
+
+def count(value: object, default: int) -> int:
+    """Return a header's number if it can be one of layers, heads or elements."""
+    return int(value) if isinstance(value, int | float) and value >= 0 else default
+
+
+def kv_bytes_by_layer(artifact: Artifact, engine: Mapping[str, Any] | None = None) -> list[int]:
+    """Return the bytes that one token takes in each layer's KV cache.
+
+    KV heads × (key length × bytes of a key's element + the same of values). `engine` holds the
+    options `cache_type_k` and `cache_type_v`. A model without causal attention keeps nothing.
+    """
+    heads = max(1, number(artifact, "attention.head_count", 1))
+    kv_heads = layers(artifact, "attention.head_count_kv", heads)
+    if artifact.metadata.get(f"{artifact.architecture}.attention.causal") is False:
+        return [0] * len(kv_heads)
+    engine = engine or {}
+    head_length = number(artifact, "embedding_length", 0) // heads
+    key = number(artifact, "attention.key_length", head_length)
+    value = number(artifact, "attention.value_length", head_length)
+    key_bytes = CACHE_TYPES[engine.get("cache_type_k", "f16")]
+    value_bytes = CACHE_TYPES[engine.get("cache_type_v", "f16")]
+    return [round(each * (key * key_bytes + value * value_bytes)) for each in kv_heads]
+
+
+def kv_bytes_per_token(artifact: Artifact, engine: Mapping[str, Any] | None = None) -> int:
+    """Return the bytes that one token takes in the KV cache, over all layers."""
+    return sum(kv_bytes_by_layer(artifact, engine))
+
+
+def pools(artifact: Artifact) -> bool:
+    """Say whether the model turns a text into one vector or score: then its header says how."""
+    return f"{artifact.architecture}.pooling_type" in artifact.metadata
+
+
+def tasks(artifact: Artifact) -> tuple[Task, ...]:
+    """Return what the model can be asked to do, as its header says."""
+    if pools(artifact):
+        pooling = artifact.metadata[f"{artifact.architecture}.pooling_type"]
+        return (Task.RERANK,) if pooling == _POOLING_RANK else (Task.EMBED,)
+    found = [Task.CHAT, Task.COMPLETE]
+    if infill_tokens(artifact) is not None:
+        found.append(Task.INFILL)
+    if artifact.paths("mmproj"):
+        found.append(Task.VISION)
+    return tuple(found)
+
+
+def infill_tokens(artifact: Artifact) -> tuple[int, int, int] | None:
+    """Return the tokens that announce a prefix, a suffix and the middle; None without infill.
+
+    Older files call them `prefix_token_id` and so on, newer ones `fim_pre_token_id`.
+    """
+    found = []
+    for names in (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle")):
+        keys = [f"tokenizer.ggml.{name}_token_id" for name in names]
+        ids = [artifact.metadata[key] for key in keys if key in artifact.metadata]
+        if not ids or not isinstance(ids[0], int):
+            return None
+        found.append(ids[0])
+    return found[0], found[1], found[2]
