@@ -22,7 +22,7 @@ from daemon.artifacts import folder
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One backend on one model.
+    """One backend on one model. A `certain` one is so sure of each token that no seed changes it.
 
     `tasks` are those that it must announce. `grammar`: its answers can be held to one.
     `context_length`, `slots` and `threads` are what is asked for.
@@ -38,6 +38,7 @@ class Case:
     grammar: bool = False
     threads: int = 2
     is_remote: bool = False
+    certain: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -196,6 +197,7 @@ CASES = [
         backend=ONNX,
         module="onnxruntime_genai",
         build=onnx_decoder,
+        certain=True,
         tasks=TEXT,
     ),
     Case(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backends import gguf
-from backends.contract import LoadSpec, Task
+from backends.contract import BackendError, LoadSpec, Placement, Task
+from backends.placement import device_ids, engine_split
 from backends.xllamacpp.listener import Listener
 
 _KERNELS = {
@@ -33,7 +34,8 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
         spec.artifact, spec.threads, spec.context_length, spec.slots
     )
     params.kv_unified = False
-    params.n_gpu_layers = spec.placement.gpu_layers
+    params.n_gpu_layers, shares = gpu_split(spec.placement, xllamacpp.get_device_info())
+    params.tensor_split = [*shares, *params.tensor_split[len(shares) :]]
     params.cache_ram_mib = 0
     params.warmup = False
     params.verbosity = 1
@@ -60,6 +62,20 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
     params.hostnames = [listener.path]
     params.api_keys = [listener.key]
     return params
+
+
+def gpu_split(where: Placement, devices: Sequence[Mapping[str, Any]]) -> tuple[int, list[float]]:
+    """Return `n_gpu_layers` and the shares of the engine's GPUs, in its own order of them.
+
+    `devices` are what `get_device_info` tells. Raises BackendError if a GPU of the placement is not
+    among them.
+    """
+    gpus = [(d["name"], d["device_id"]) for d in devices if d["name"] != "CPU"]
+    try:
+        layers, shares = engine_split(where, device_ids(gpus))
+    except ValueError as error:
+        raise BackendError("load_failed", str(error)) from error
+    return layers, list(shares)
 
 
 def _adapter(path: str, scale: float) -> Any:
