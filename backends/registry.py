@@ -14,6 +14,11 @@ from importlib.metadata import entry_points
 from backends.contract import Artifact, Backend, Fit, Hardware, Probe
 
 ENTRY_POINT_GROUP = "modeld.backends"
+# What every backend has; the methods for its tasks come on top.
+_MEMBERS = (
+    *("name", "formats", "distribution", "options"),
+    *("probe", "fit", "estimate", "load", "close"),
+)
 BUILTIN = {
     "xllamacpp": "backends.xllamacpp:Xllamacpp",
     "llama_cpp": "backends.llama_cpp:LlamaCpp",
@@ -50,9 +55,15 @@ class Registry:
         self.broken: dict[str, str] = {}
         for name, path in self.paths.items():
             try:
-                self.classes[name] = load_class(path)
+                cls = load_class(path)
             except (Exception, SystemExit) as error:  # noqa: BLE001  plugins fail as they like
                 self.broken[name] = f"{path} cannot be imported: {type(error).__name__}: {error}"
+                continue
+            lacking = [member for member in _MEMBERS if not hasattr(cls, member)]
+            if lacking:
+                self.broken[name] = f"{path} is no backend: it has no {', '.join(lacking)}"
+            else:
+                self.classes[name] = cls
 
     @classmethod
     def installed(cls) -> Registry:

@@ -273,8 +273,15 @@ async def memory(request: web.Request) -> web.Response:
 
 async def list_backends(request: web.Request) -> web.Response:
     """Show every backend: what it can do here, or why it can do nothing."""
-    probes = await services(request).probers.all()
-    return web.json_response({"backends": [asdict(probe) for probe in probes]})
+    parts = services(request)
+    backends = []
+    for probe in await parts.probers.all():
+        cls = parts.registry.classes.get(probe.backend)
+        options = cls.options if cls is not None else {}
+        backends.append(
+            asdict(probe) | {"options": {name: asdict(given) for name, given in options.items()}}
+        )
+    return web.json_response({"backends": backends})
 
 
 async def hardware(request: web.Request) -> web.Response:

@@ -366,8 +366,8 @@ def test_engines_see_what_they_need_and_no_secret():
 
 
 def test_what_engines_get_by_default_a_user_may_change():
-    assert for_engines({})["OMP_WAIT_POLICY"] == "passive"
-    assert for_engines({"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
+    assert for_engines({}) == DEFAULTS
+    assert for_engines({"GOMP_SPINCOUNT": "9"})["GOMP_SPINCOUNT"] == "9"
 
 
 def test_a_fetcher_sees_the_hub_s_token_and_the_proxy_and_no_other_secret():

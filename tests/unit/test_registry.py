@@ -189,3 +189,12 @@ def test_importing_the_built_in_backends_imports_no_engine():
     imported = set(done.stdout.split())
     assert "backends" in imported
     assert not imported & ENGINES
+
+
+def test_a_class_that_is_no_backend_says_what_it_lacks(plugin):
+    plugin("half_a_backend", "class Half:\n    name = 'half'\n    formats = frozenset()\n")
+    registry = Registry({"half": "half_a_backend:Half"})
+    assert registry.classes == {}
+    assert (
+        "has no distribution, options, probe, fit, estimate, load, close" in registry.broken["half"]
+    )
