@@ -1,7 +1,8 @@
-"""What a build of llama.cpp can compute on, from what it says of itself. Pure."""
+"""What a build of llama.cpp can compute on, from what it says of itself."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
@@ -38,7 +39,21 @@ def gpu_vendors(devices: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
+def hide_gpus() -> None:
+    """Keep an engine that is about to be imported off every GPU, for a model that the CPU computes.
+
+    It would take memory of each for a context, and compute prompts there, which nobody has booked.
+    """
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES"):
+        os.environ[variable] = ""
+
+
 def gpu_bonus(probe: Probe, hardware: Hardware) -> tuple[int, str]:
     """Return what a build that can use a GPU of this computer scores on top, and the reason."""
-    usable = [gpu.name for gpu in hardware.gpus if gpu.vendor in probe.gpu_vendors]
+    usable = [
+        gpu.name
+        for gpu in hardware.gpus
+        # Other integrated GPUs are left alone: see placement.
+        if gpu.vendor in probe.gpu_vendors and (not gpu.integrated or gpu.vendor == "apple")
+    ]
     return (_GPU_BONUS, f", can use {usable[0]}") if usable else (0, "")

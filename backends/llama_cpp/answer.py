@@ -64,6 +64,10 @@ class AnswerText:
             entries += group
             self._last_end = end
             self._waiting.popleft()
+        if self.stopped and self._last_end < self._sent_chars:
+            # The last of the text came with the first part of a character that goes on after it.
+            entries += self._split
+            self._split = []
         return entries
 
     @staticmethod

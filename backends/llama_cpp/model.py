@@ -6,14 +6,15 @@ Owns the engine's memory and the parameters of a load. Knows no requests.
 from __future__ import annotations
 
 import ctypes
-import os
+from pathlib import Path
 from typing import Any
 
-from backends import gguf
+from backends import builds, gguf
 from backends.contract import BackendError, LoadSpec, Placement, Progress
 from backends.llama_cpp import log
 from backends.llama_cpp.vision import Vision
 from backends.llama_cpp.vocabulary import Vocabulary
+from backends.placement import engine_split
 
 # ggml.h, enum ggml_type
 _CACHE_TYPES = {
@@ -28,6 +29,7 @@ _CACHE_TYPES = {
     "bf16": 30,
 }
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 # How many texts a batch of an embedding model may hold: each is a sequence of its own.
 MAX_TEXTS = 32
 # The most tokens that one image takes in models that need a whole image in one batch.
@@ -41,7 +43,11 @@ class Model:
     """
 
     def __init__(self, spec: LoadSpec, options: dict[str, Any], progress: Progress) -> None:
-        self.engine = _import_engine()
+        if spec.placement.gpu_layers == 0:
+            builds.hide_gpus()
+        import llama_cpp
+
+        self.engine: Any = llama_cpp
         self.pointer: Any = None
         self.context: Any = None
         self.vision: Vision | None = None
@@ -132,24 +138,31 @@ class Model:
         self.context = self.vision = self.pointer = None
 
 
-def _import_engine() -> Any:
-    """Import the engine with threads that hardly wait for each other in busy loops.
+def gpu_split(where: Placement, nvidia: Path) -> tuple[int, tuple[float, ...]]:
+    """Return `n_gpu_layers` and the shares of the engine's GPUs, in its own order of them.
 
-    GNU's OpenMP has them spin for milliseconds at every barrier, of which a token has hundreds. On
-    two cores with other work on them SmolLM2-135M then says 2 to 7 tokens a second, with this limit
-    27; alone it is 100 either way. The library reads this when it is loaded.
+    This binding does not tell that order. CUDA's is that of the PCI addresses, since the worker's
+    environment has CUDA_DEVICE_ORDER=PCI_BUS_ID, and NVIDIA's driver lists them in the folder
+    `nvidia`. Where there is no such list, the GPUs of the placement are taken to be all that there
+    are. Raises BackendError if a GPU of the placement is not in the list.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    import llama_cpp
-
-    return llama_cpp
+    try:
+        devices = sorted(entry.name.lower() for entry in nvidia.iterdir())
+    except OSError:
+        devices = []
+    try:
+        return engine_split(where, devices or None)
+    except ValueError as error:
+        raise BackendError("load_failed", str(error)) from error
 
 
 def _model_params(placement: Placement, progress: Progress) -> Any:
     import llama_cpp
 
     params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = placement.gpu_layers
+    params.n_gpu_layers, shares = gpu_split(placement, _NVIDIA)
+    split = (ctypes.c_float * llama_cpp.llama_max_devices())(*shares)
+    params.tensor_split = ctypes.cast(split, type(params.tensor_split))
     told = -1
 
     def report(fraction: float, _: object) -> bool:

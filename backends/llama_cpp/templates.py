@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from backends import images
 from backends.contract import BackendError
-from backends.llama_cpp import images
 
 _PROBE = "which form of content does this template read"
 

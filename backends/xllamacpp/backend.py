@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-from backends import builds, gguf, tools, vectors
+from backends import builds, gguf, images, tools, vectors
 from backends.contract import (
     Artifact,
     BackendError,
@@ -101,6 +101,8 @@ class Xllamacpp:
 
     def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
         """See Backend.load."""
+        if spec.placement.gpu_layers == 0:
+            builds.hide_gpus()
         import xllamacpp
 
         params = parameters(spec, gguf.check(self.name, spec.engine), self._listener)
@@ -135,6 +137,7 @@ class Xllamacpp:
 
     def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         gguf.refuse_hopeless(request, self._context_length)
+        images.check(request.messages)
         body = bodies.chat_body(request)
         body["messages"] = list(tools.spelled_out(request.messages, self._chat_template))
         handle = self._server.handle_chat_completions

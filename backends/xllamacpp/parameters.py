@@ -70,12 +70,17 @@ def gpu_split(where: Placement, devices: Sequence[Mapping[str, Any]]) -> tuple[i
     `devices` are what `get_device_info` tells. Raises BackendError if a GPU of the placement is not
     among them.
     """
-    gpus = [(d["name"], d["device_id"]) for d in devices if d["name"] != "CPU"]
+    # llama.cpp takes integrated GPUs only where there is no other.
+    gpus = _of_type(devices, "TYPE_GPU") or _of_type(devices, "TYPE_IGPU")
     try:
         layers, shares = engine_split(where, device_ids(gpus))
     except ValueError as error:
         raise BackendError("load_failed", str(error)) from error
     return layers, list(shares)
+
+
+def _of_type(devices: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[str, str]]:
+    return [(d["name"], d["device_id"]) for d in devices if kind in str(d["type"])]
 
 
 def _adapter(path: str, scale: float) -> Any:

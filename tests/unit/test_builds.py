@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from backends import builds
@@ -41,3 +43,5 @@ def test_a_build_for_a_gpu_that_is_there_scores_more():
     rocm = Probe(backend="x", available=True, gpu_vendors=("amd",))
     assert builds.gpu_bonus(cuda, machine) == (30, ", can use RTX 3060")
     assert builds.gpu_bonus(rocm, machine) == (0, "")
+    shared = Gpu(id="1", vendor="amd", name="Radeon 780M", integrated=True)
+    assert builds.gpu_bonus(rocm, replace(machine, gpus=(shared,))) == (0, "")

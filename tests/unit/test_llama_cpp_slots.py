@@ -6,12 +6,13 @@ import base64
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from backends.contract import BackendError, TokenLogprob
-from backends.llama_cpp import images
+from backends import images
+from backends.contract import BackendError, Placement, TokenLogprob
 from backends.llama_cpp.answer import AnswerText
+from backends.llama_cpp.model import gpu_split
 from backends.llama_cpp.slots import Image, Prompt, Slot, choose, common_prefix, fill
 
 # which slot a prompt gets, and what is kept
@@ -176,6 +177,7 @@ def test_an_answer_cut_off_within_a_character_keeps_the_entry():
 @given(
     st.text(max_size=30), st.lists(st.integers(1, 4), min_size=1), st.sampled_from(["", "a", "é"])
 )
+@example("0é\x80", [2], "é")
 def test_no_token_of_the_answer_loses_its_entry(text, sizes, stop):
     raw, pieces = text.encode("utf-8", "replace"), []
     while raw:
@@ -256,3 +258,18 @@ def test_no_bytes_make_the_size_reader_fail(raw):
             images.data_of(part(head + raw))
         except BackendError as error:
             assert error.code == "invalid_request"
+
+
+# where layers go
+
+
+def test_shares_are_in_the_order_of_the_pci_addresses(tmp_path):
+    for address in ("0000:41:00.0", "0000:01:00.0"):
+        (tmp_path / address).mkdir()
+    where = Placement(gpu_layers=30, layers=(("0000:41:00.0", 10), ("0000:01:00.0", 20)))
+    assert gpu_split(where, tmp_path) == (30, (20.0, 10.0))
+    assert gpu_split(where, tmp_path / "none") == (30, (10.0, 20.0))
+    assert gpu_split(Placement(), tmp_path)[0] == 0
+    other = Placement(gpu_layers=1, layers=(("0000:99:00.0", 1),))
+    with pytest.raises(BackendError, match="0000:99:00.0"):
+        gpu_split(other, tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
 from typing import Any
 
 from backends.contract import BackendError
@@ -38,6 +39,15 @@ def data_of(part: dict[str, Any]) -> bytes:
         raise BackendError("invalid_request", f"an image is not valid base64: {error}") from error
     _check_size(data)
     return data
+
+
+def check(messages: Iterable[dict[str, Any]]) -> None:
+    """Make sure that all images in `messages` may be decoded. Raises BackendError."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if part.get("type") == "image_url":
+                data_of(part)
 
 
 def _check_size(data: bytes) -> None:
