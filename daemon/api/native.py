@@ -29,6 +29,7 @@ class NewModel(msgspec.Struct, forbid_unknown_fields=True):
     options: dict[str, bool | int | float | str] = {}
     architecture: Annotated[str, msgspec.Meta(max_length=64)] = ""
     chat_template: Annotated[str, msgspec.Meta(max_length=1024 * 1024)] = ""
+    background: bool = False
 
 
 class Texts(msgspec.Struct, forbid_unknown_fields=True):
@@ -82,6 +83,7 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         "context_length": status["context_length"] or record.context_length,
         "last_error": status["last_error"] or None,
         "options": record.options,
+        "background": record.background,
         "files": [file.path for file in record.artifact.files] if record.artifact else [],
     }
 
@@ -128,6 +130,7 @@ async def add_model(request: web.Request) -> web.Response:
             options=body.options,
             architecture=body.architecture,
             chat_template=body.chat_template,
+            background=body.background,
             provider="HUGGING_FACE" if body.source.startswith("hf:") else "",
         )
     )

@@ -18,8 +18,9 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     that this model is to run on; empty leaves the choice to modeld. `options` are settings for its
     engine, by the names that its backend gives them. A `cloud` model runs on another computer.
 
-    `architecture` and `chat_template` say what the headers of older formats cannot; what a header
-    says goes before them.
+    `architecture` says what the headers of older formats cannot; a header that does goes before it.
+    `chat_template` replaces the file's own, if it has one. A `background` model leaves half of its
+    share of the cores to others.
     """
 
     id: str
@@ -49,6 +50,7 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     cloud: bool = False
     architecture: str = ""
     chat_template: str = ""
+    background: bool = False
 
     @property
     def downloaded(self) -> bool:

@@ -81,7 +81,7 @@ class Planned:
 
 
 def _described(record: ModelRecord) -> Artifact:
-    """Return the model's files, with what the record knows where their headers are silent.
+    """Return the model's files, with the chat template that the record has, if it has one.
 
     Raises ModelNotDownloaded.
     """
@@ -89,8 +89,11 @@ def _described(record: ModelRecord) -> Artifact:
         raise ModelNotDownloaded(
             f"{record.unique} is not downloaded: run `modeld pull {record.unique}` first"
         )
-    template = record.artifact.chat_template or record.chat_template
-    return replace(record.artifact, chat_template=template)
+    if not record.chat_template:
+        return record.artifact
+    # An engine that reads the file's own template has to be told of the other one.
+    metadata = record.artifact.metadata | {"modeld.chat_template": True}
+    return replace(record.artifact, chat_template=record.chat_template, metadata=metadata)
 
 
 class Loader:
@@ -202,7 +205,7 @@ class Loader:
         return LoadOptions(
             context_length=self._settings.context_length or None,
             slots=self._settings.slots or None,
-            threads=threads(hardware.physical_cores, models),
+            threads=threads(hardware.physical_cores, models, background=record.background),
             gpus=tuple(self._left_of(gpu) for gpu in hardware.gpus if gpu.vendor in vendors),
             engine=dict(record.options),
         )

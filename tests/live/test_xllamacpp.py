@@ -56,11 +56,12 @@ def daemon(tmp_path_factory) -> RunningDaemon:
 def add(daemon, tmp_path_factory):
     """`add(name, *writers, **options)` takes a folder that the writers fill into the catalog."""
 
-    def add(name, *writers, **options) -> str:
+    def add(name, *writers, chat_template="", **options) -> str:
         folder = tmp_path_factory.mktemp(name)
         for writer in writers:
             writer(folder)
         body = {"source": f"{folder}/", "unique": name, "options": options}
+        body["chat_template"] = chat_template
         daemon.json("POST", "/modeld/v1/models", body)
         daemon.download(name)
         return name
@@ -176,6 +177,74 @@ def test_a_template_without_tools_says_so_when_the_choice_is_open(daemon, sample
     body = {"model": sample, "messages": QUESTION, "tools": [WEATHER]}
     status, _, answer = daemon.request("POST", "/v1/chat/completions", body)
     assert status == 400 and "tool_choice" in answer
+
+
+# A template in the manner of Hermes and Qwen, whose calls the engine can tell from text.
+KNOWS_TOOLS = """\
+{%- if tools %}<|im_start|>system
+You may call functions. They are in <tools></tools>:
+<tools>
+{%- for tool in tools %}
+{{ tool | tojson }}
+{%- endfor %}
+</tools>
+For a call, answer with a JSON object in <tool_call></tool_call>:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+{% endif %}
+{%- for message in messages %}
+{%- if message.role == "assistant" and message.tool_calls %}<|im_start|>assistant
+{%- for tool_call in message.tool_calls %}
+{%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
+<tool_call>
+{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}
+</tool_call>
+{%- endfor %}<|im_end|>
+{% elif message.role == "tool" %}<|im_start|>user
+<tool_response>
+{{ message.content }}
+</tool_response><|im_end|>
+{% else %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def knowing(add) -> str:
+    """The sample model with a chat template that knows tools."""
+    return add("knowing", link_sample, chat_template=KNOWS_TOOLS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_may_choose_to_call(daemon, knowing, stream):
+    text = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    messages = [{"role": "user", "content": f"Repeat this text: {text}"}]
+    fields = {"messages": messages, "tools": [WEATHER], "max_tokens": 60}
+    if stream:
+        body = {"model": knowing, "temperature": 0, "stream": True} | fields
+        _, _, answer = daemon.request("POST", "/v1/chat/completions", body)
+        lines = [line[6:] for line in answer.splitlines() if line.startswith("data: {")]
+        choices = [json.loads(line)["choices"][0] for line in lines]
+        pieces = [call for c in choices for call in c["delta"].get("tool_calls", ())]
+        name = pieces[0]["function"]["name"]
+        arguments = "".join(piece["function"]["arguments"] for piece in pieces)
+        reason = choices[-1]["finish_reason"]
+    else:
+        found, _ = chat(daemon, knowing, **fields)
+        (call,) = found["message"]["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        reason = found["finish_reason"]
+    assert (name, json.loads(arguments), reason) == ("weather", {"city": "Paris"}, "tool_calls")
+
+
+def test_a_model_may_choose_not_to_call(daemon, knowing):
+    found, _ = chat(daemon, knowing, tools=[WEATHER])
+    assert found["message"]["content"] and "tool_calls" not in found["message"]
+    assert found["finish_reason"] in ("stop", "length")
 
 
 # tokens
