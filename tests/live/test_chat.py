@@ -95,6 +95,7 @@ def test_ignore_eos_runs_to_max_tokens(engine):
 def test_the_same_seed_gives_the_same_text(engine):
     first = text_of(chat(engine, temperature=1.5, seed=7))
     assert text_of(chat(engine, temperature=1.5, seed=7)) == first
+    assert streamed_text(stream(engine, temperature=1.5, seed=7)) == first
     others = {text_of(chat(engine, temperature=1.5, seed=seed)) for seed in (1, 2, 3)}
     assert others != {first}
 

@@ -203,7 +203,8 @@ def test_kill_9_of_the_daemon_ends_its_probers(start_daemon, tmp_path):
     asking.request("GET", "/modeld/v1/backends")
 
     def hanging() -> list[psutil.Process]:
-        return [child for child in daemon.children() if "backends.prober" in child.cmdline()]
+        command = {"backends.prober", "--backend=backends.llama_cpp:LlamaCpp"}
+        return [child for child in daemon.children() if command <= set(child.cmdline())]
 
     wait_for(lambda: len(hanging()) == 1, 30, "no prober hangs")
     (prober,) = hanging()
