@@ -42,15 +42,31 @@ def data_of(part: dict[str, Any]) -> bytes:
 
 
 def check(messages: Iterable[dict[str, Any]]) -> None:
-    """Make sure that all images in `messages` may be decoded. Raises BackendError."""
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if part.get("type") == "image_url":
-                data_of(part)
+    """Make sure that the images in `messages` may be decoded, all of them at once.
+
+    Raises BackendError("invalid_request").
+    """
+    found = [
+        data_of(part)
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+        if part.get("type") == "image_url"
+    ]
+    if len(found) > MAX_IMAGES:
+        raise BackendError(
+            "invalid_request", f"a request takes at most {MAX_IMAGES} images, not {len(found)}"
+        )
+    pixels = sum(_check_size(data) for data in found)
+    if pixels > MAX_PIXELS:
+        raise BackendError(
+            "invalid_request",
+            f"the images have {pixels} pixels together, but at most {MAX_PIXELS} are taken",
+        )
 
 
-def _check_size(data: bytes) -> None:
+def _check_size(data: bytes) -> int:
+    """Return the number of pixels. Raises BackendError for too many, or none."""
     size = _size(data)
     if size is None:
         raise BackendError("invalid_request", "an image is not a whole PNG, JPEG, GIF or BMP file")
@@ -61,11 +77,12 @@ def _check_size(data: bytes) -> None:
             f"an image has {width} by {height} pixels, but at least 1 and at most {MAX_PIXELS} are "
             "taken",
         )
+    return width * height
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
     """Return width and height as the file's header says, or None if it is no such file."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) >= 24:
+    if data.startswith(b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR") and len(data) >= 24:
         return _number(data[16:20]), _number(data[20:24])
     if data.startswith((b"GIF87a", b"GIF89a")) and len(data) >= 10:
         return _number(data[7:5:-1]), _number(data[9:7:-1])

@@ -43,6 +43,14 @@ def load_class(path: str) -> type[Backend]:
     return cls
 
 
+def _fit(cls: type[Backend], artifact: Artifact, probe: Probe, hardware: Hardware) -> Fit:
+    """Ask a backend how well it suits; a fault of a plugin's costs itself alone."""
+    try:
+        return cls.fit(artifact, probe, hardware)
+    except Exception as error:  # noqa: BLE001  plugins fail as they like
+        return Fit(score=0, reason=f"its fit failed: {type(error).__name__}: {error}")
+
+
 class Registry:
     """The backends known to this installation, by name. `paths` maps a name to `module:Class`.
 
@@ -92,7 +100,7 @@ class Registry:
             elif not probes[name].available:
                 fit = Fit(score=0, reason=probes[name].reason)
             else:
-                fit = cls.fit(artifact, probes[name], hardware)
+                fit = _fit(cls, artifact, probes[name], hardware)
             candidates.append(Candidate(backend=name, fit=fit))
         candidates += [
             Candidate(backend=name, fit=Fit(score=0, reason=reason))

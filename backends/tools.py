@@ -7,11 +7,14 @@ all. So a call that is required is asked for in plain words and enforced by a JS
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import replace
 from typing import Any
 
 from backends.contract import BackendError, ChatRequest, ToolCall
+
+_REFERENCE = re.compile(r"^#/(\$defs|definitions)/")
 
 
 def must_call(request: ChatRequest) -> tuple[dict[str, Any], ...]:
@@ -41,19 +44,50 @@ def must_call(request: ChatRequest) -> tuple[dict[str, Any], ...]:
 
 def call_schema(tools: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """Return the JSON schema of one call: an object with `name` and `arguments`."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
+    definitions: dict[str, Any] = {}
+    calls = []
+    for number, tool in enumerate(tools):
+        parameters = tool["function"].get("parameters") or {"type": "object"}
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["function"]["name"]},
+                    "arguments": _lifted(parameters, f"{number}_", definitions),
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return schema | {"$defs": definitions} if definitions else schema
+
+
+def _lifted(schema: dict[str, Any], prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema that may stand inside another one.
+
+    References go from the root of a document. What they refer to is moved to `definitions`, which
+    is for the new root, under names that begin with `prefix`.
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: _REFERENCE.sub(rf"#/$defs/{prefix}", item)
+            if key == "$ref" and isinstance(item, str)
+            else moved(item)
+            for key, item in value.items()
         }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+    for key in ("definitions", "$defs"):
+        own = schema.get(key)
+        if isinstance(own, dict):
+            definitions |= {f"{prefix}{name}": moved(item) for name, item in own.items()}
+    kept = {key: item for key, item in schema.items() if key not in ("definitions", "$defs")}
+    return dict(moved(kept))
 
 
 def insisting(request: ChatRequest, tools: tuple[dict[str, Any], ...]) -> ChatRequest:
@@ -73,7 +107,8 @@ def insisting(request: ChatRequest, tools: tuple[dict[str, Any], ...]) -> ChatRe
         messages=tuple(messages),
         tools=(),
         tool_choice="none",
-        sampling=replace(request.sampling, json_schema=call_schema(tools)),
+        # A stop sequence within the JSON would leave no call at all.
+        sampling=replace(request.sampling, json_schema=call_schema(tools), stop=()),
     )
 
 

@@ -183,9 +183,12 @@ FromProber = Hello | Error | Probed | Detected
 def encode(message: msgspec.Struct) -> bytes:
     """Return the line for `message`, newline included.
 
-    Raises ProtocolError if it would be longer than MAX_LINE_BYTES.
+    Raises ProtocolError if it would be longer than MAX_LINE_BYTES, or has half a character in it.
     """
-    line = msgspec.json.encode(message) + b"\n"
+    try:
+        line = msgspec.json.encode(message) + b"\n"
+    except (UnicodeEncodeError, TypeError, OverflowError) as error:
+        raise ProtocolError(f"message cannot be said in JSON: {error}") from error
     if len(line) > MAX_LINE_BYTES:
         raise ProtocolError(f"message of {len(line)} bytes is over {MAX_LINE_BYTES}")
     return line

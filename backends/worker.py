@@ -7,18 +7,30 @@ model has slots, and a surplus is an error. Knows no engine, only the Backend co
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 from backends import wire
 from backends.child import Channel, attach
-from backends.contract import Backend, BackendError, Delta, Task, needed_task
+from backends.contract import (
+    Backend,
+    BackendError,
+    Classes,
+    Delta,
+    Scores,
+    Task,
+    TokenLogprob,
+    needed_task,
+)
 from backends.registry import load_class
 
+_LARGEST = 3.4e38  # about that of a float32
 _RESULTS: dict[type[wire.Message], type[wire.Message]] = {
     wire.Chat: wire.Done,
     wire.Complete: wire.Done,
@@ -26,6 +38,36 @@ _RESULTS: dict[type[wire.Message], type[wire.Message]] = {
     wire.Rerank: wire.Reranked,
     wire.Classify: wire.Classified,
 }
+
+
+def sayable(text: str) -> str:
+    """Return text that JSON can carry: what is half of a character is replaced."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _sendable(delta: Delta) -> Delta:
+    """Return the delta with a number for impossible tokens: JSON has no infinity."""
+    if not delta.logprobs:
+        return delta
+
+    def finite(entry: TokenLogprob) -> TokenLogprob:
+        value = entry.logprob if math.isfinite(entry.logprob) else -_LARGEST
+        return replace(entry, logprob=value, top=tuple(finite(other) for other in entry.top))
+
+    return replace(delta, logprobs=tuple(finite(entry) for entry in delta.logprobs))
+
+
+def _check_numbers(result: object) -> None:
+    """Raise BackendError for scores that are not numbers, which JSON has no word for."""
+    match result:
+        case Scores():
+            numbers = list(result.scores)
+        case Classes():
+            numbers = [score for labels in result.labels for score in labels.values()]
+        case _:
+            return
+    if not all(map(math.isfinite, numbers)):
+        raise BackendError("engine_error", "the model computed numbers that are none (NaN)")
 
 
 class Worker:
@@ -64,10 +106,10 @@ class Worker:
                 message.spec, lambda fraction: self._channel.send(wire.Progress(fraction=fraction))
             )
         except BackendError as error:
-            self._channel.send(wire.Error(code=error.code, message=error.message))
+            self._channel.send(wire.Error(code=error.code, message=sayable(error.message)))
         except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
             traceback.print_exc()
-            self._channel.send(wire.Error(code="load_failed", message=repr(error)))
+            self._channel.send(wire.Error(code="load_failed", message=ascii(error)))
         else:
             self._slots, self._tasks = model.slots, model.tasks
             self._channel.send(wire.Loaded(model=model))
@@ -92,10 +134,10 @@ class Worker:
             result = self._result(message, self._running[message.id].is_set)
             answer = _RESULTS[type(message)](id=message.id, result=result)
         except BackendError as error:
-            answer = wire.Error(id=message.id, code=error.code, message=error.message)
+            answer = wire.Error(id=message.id, code=error.code, message=sayable(error.message))
         except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
             traceback.print_exc()
-            answer = wire.Error(id=message.id, code="engine_error", message=repr(error))
+            answer = wire.Error(id=message.id, code="engine_error", message=ascii(error))
         # The slot is free before the daemon hears of it, or its next request would find none.
         with self._lock:
             del self._running[message.id]
@@ -113,18 +155,19 @@ class Worker:
         method = getattr(self._backend, type(message).__name__.lower())
         working = method(message.request, cancelled)
         if not isinstance(working, Generator):
+            _check_numbers(working)
             return working
         while True:
             try:
                 delta: Delta = next(working)
             except StopIteration as end:
                 return end.value
-            self._channel.send(wire.Delta(id=message.id, delta=delta))
+            self._channel.send(wire.Delta(id=message.id, delta=_sendable(delta)))
 
     def _send_last(self, request_id: int, answer: wire.Message) -> None:
         try:
             self._channel.send(answer)
-        except wire.ProtocolError as error:  # too long for a line: the request is owed an end
+        except wire.ProtocolError as error:  # no line can carry it: the request is owed an end
             self._channel.send(wire.Error(id=request_id, code="engine_error", message=str(error)))
 
 

@@ -133,6 +133,8 @@ async def running_services(
         downloads = Downloads(config.downloads, catalog, store)
 
         async def no_longer_listed(record: ModelRecord) -> None:
+            if models.status(record.id).in_flight:
+                return  # it answers still; the next listing decides
             await models.unload(record.id)
             catalog.remove(record.id)
             models.forget(record.id)

@@ -16,8 +16,9 @@ class Sampling:
     `max_tokens` None runs to the end of the context. `ignore_eos` goes on past end-of-sequence.
 
     `logprobs` asks for the log-probability of every token of the answer, and of so many
-    alternatives to it. `logit_bias` adds to the logits of tokens by their ids. `json_schema` (`{}`:
-    any JSON object) and `grammar` (GBNF, as llama.cpp defines it) leave only the tokens that fit.
+    alternatives to it; some engines tell one for a whole character that is spread over tokens.
+    `logit_bias` adds to the logits of tokens by their ids. `json_schema` (`{}`: any JSON object)
+    and `grammar` (GBNF, as llama.cpp defines it) leave only the tokens that fit.
     """
 
     max_tokens: int | None = None

@@ -83,10 +83,11 @@ def tasks(artifact: Artifact) -> tuple[Task, ...]:
     if pools(artifact):
         pooling = artifact.metadata[f"{artifact.architecture}.pooling_type"]
         return (Task.RERANK,) if pooling == _POOLING_RANK else (Task.EMBED,)
-    found = [Task.CHAT, Task.COMPLETE]
+    # Without a template of its own a model was never trained to talk in turns.
+    found = [Task.CHAT, Task.COMPLETE] if artifact.chat_template else [Task.COMPLETE]
     if infill_tokens(artifact) is not None:
         found.append(Task.INFILL)
-    if artifact.paths("mmproj"):
+    if artifact.paths("mmproj") and artifact.chat_template:
         found.append(Task.VISION)
     return tuple(found)
 

@@ -5,6 +5,7 @@ Lengths are tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,7 +103,9 @@ def _size_chars(request: ChatRequest | CompleteRequest) -> int:
         content = message.get("content") or ""
         parts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
         size += sum(len(part) for part in parts)
-    return size
+        for call in message.get("tool_calls") or ():
+            size += len(call["function"]["name"]) + len(call["function"]["arguments"])
+    return size + sum(len(json.dumps(tool)) for tool in request.tools)
 
 
 def refuse_hopeless(request: ChatRequest | CompleteRequest, context_length: int) -> None:
@@ -129,9 +132,9 @@ def context_exceeded(tokens: int, context_length: int) -> BackendError:
 
 
 def settle_context_length(artifact: Artifact, options: LoadOptions) -> int:
-    """Return what one request may use: the user's choice, else min(the model's, 4096)."""
-    trained = artifact.context_length or DEFAULT_CONTEXT_LENGTH
-    return options.context_length or min(trained, DEFAULT_CONTEXT_LENGTH)
+    """Return what one request may use: the user's choice, else 4096; at most the model's own."""
+    wanted = options.context_length or DEFAULT_CONTEXT_LENGTH
+    return min(wanted, artifact.context_length or wanted)
 
 
 def settle_slots(artifact: Artifact, options: LoadOptions, context_length: int) -> int:

@@ -97,7 +97,7 @@ class LlamaCpp:
         bonus, where = builds.gpu_bonus(probe, hardware)
         return Fit(
             score=70 + bonus,
-            tasks=_tasks(artifact),
+            tasks=gguf.tasks(artifact),
             reason=f"llama-cpp-python {probe.version}: batches concurrent requests, prompt cache"
             f"{where}",
         )
@@ -124,7 +124,7 @@ class LlamaCpp:
             self.close()
             raise
         return LoadedModel(
-            tasks=_tasks(spec.artifact),
+            tasks=gguf.tasks(spec.artifact),
             slots=spec.slots,
             context_length=spec.context_length,
             engine_version=version(_DISTRIBUTION),
@@ -134,7 +134,7 @@ class LlamaCpp:
         # Positions beyond the trained ones do not exist for models that learned them.
         trained = spec.artifact.context_length or spec.context_length
         self._texts = Texts(model, min(spec.context_length, trained))
-        ranks = _tasks(spec.artifact) == (Task.RERANK,)
+        ranks = gguf.tasks(spec.artifact) == (Task.RERANK,)
         outputs = 1 if ranks else int(model.engine.llama_model_n_embd_out(model.pointer))
         self._pooler = Pooler(model, outputs)
 
@@ -266,14 +266,6 @@ class LlamaCpp:
 def _devices(system_info: str) -> tuple[str, ...]:
     """Return the names in `CUDA : … | CPU : …`: what the engine was built to compute on."""
     return tuple(re.findall(r"(\w+) : ", system_info))
-
-
-def _tasks(artifact: Artifact) -> tuple[Task, ...]:
-    """Return what the model can be asked: no chat without a template of its own."""
-    chats = bool(artifact.chat_template)
-    return tuple(
-        task for task in gguf.tasks(artifact) if chats or task not in (Task.CHAT, Task.VISION)
-    )
 
 
 def _usage(texts: list[list[int]]) -> Usage:

@@ -7,6 +7,8 @@ messages and no templates.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import traceback
 from collections import deque
@@ -103,9 +105,12 @@ class Engine:
                 self._drop_unwanted()
                 if not self._read_image():
                     self._step()
-        except BaseException as error:  # noqa: BLE001  every request must hear of it
+        except BaseException:  # noqa: BLE001
+            # Nobody knows the state of the engine now. The end of the process is what every request
+            # hears of, and what has the model loaded anew.
             traceback.print_exc()
-            self._end(BackendError("engine_error", f"llama_cpp has stopped working: {error!r}"))
+            sys.stderr.flush()
+            os._exit(1)
         with self._changed:
             assert self._ended is not None
             for job in (*self._jobs.values(), *self._waiting):

@@ -75,8 +75,7 @@ class Model:
         if not self.pointer:
             raise _failed(f"{path} cannot be loaded", errors)
         for encoder in spec.artifact.paths("mmproj")[:1]:
-            on_gpu = spec.placement.gpu_layers > 0
-            self.vision = Vision(encoder, self.pointer, threads=spec.threads, use_gpu=on_gpu)
+            self.vision = Vision(encoder, self.pointer, threads=spec.threads)
         self.context = self.engine.llama_init_from_model(
             self.pointer, self._context_params(spec, options)
         )

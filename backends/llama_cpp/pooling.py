@@ -7,6 +7,7 @@ their tokens.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Sequence
 
@@ -80,8 +81,16 @@ class Pooler:
             self._waiting = deque(item for item in self._waiting if item[0].error is None)
 
     def _compute(self) -> None:
-        """Compute the texts that have waited longest and fit a batch."""
+        """Compute the texts that have waited longest and fit a batch; all hear if that fails."""
         self._computing = self._take()
+        try:
+            self._compute_batch()
+        except Exception as error:  # noqa: BLE001  each of them is owed an end
+            traceback.print_exc()
+            jobs = [job for job, _ in self._computing]
+            self._fail(jobs, BackendError("engine_error", f"llama_cpp: {error!r}"))
+
+    def _compute_batch(self) -> None:
         self._write_batch()
         status = self._engine.llama_decode(self._model.context, self._batch)
         if self._model.memory:

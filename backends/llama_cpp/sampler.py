@@ -11,6 +11,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from backends import grammars
 from backends.contract import BackendError, Sampling, TokenLogprob
 from backends.llama_cpp import log
 from backends.llama_cpp.vocabulary import Vocabulary
@@ -25,6 +26,11 @@ _MIN_P = 0.05
 _TEMPERATURE = 0.8
 _PENALTY_TOKENS = 64
 _RANDOM_SEED = 0xFFFFFFFF
+
+# The binding's converter nests a bracket for each repetition that may be missing, and the engine's
+# parser calls itself for each.
+_MAX_REPEATS = 1000
+_MAX_NESTING = 1200
 
 
 class Candidates:
@@ -191,6 +197,8 @@ def _grammar(vocabulary: Vocabulary, sampling: Sampling) -> Any:
         source, named = sampling.grammar, "the grammar"
     else:
         return None
+    if grammars.nesting(source) > _MAX_NESTING:
+        raise BackendError("invalid_request", f"{named} is nested too deep for this engine")
     with log.overheard() as errors:
         grammar = llama_cpp.llama_sampler_init_grammar(
             vocabulary.pointer, source.encode("utf-8", "replace"), b"root"
@@ -206,6 +214,7 @@ def _grammar(vocabulary: Vocabulary, sampling: Sampling) -> Any:
 def _gbnf(schema: dict[str, Any]) -> str:
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
+    grammars.check_repeats(schema, _MAX_REPEATS)
     try:
         return str(json_schema_to_gbnf(json.dumps(schema or {"type": "object"})))
     except Exception as error:

@@ -46,6 +46,7 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[bytes]]:
         """Return the prompt's text and the images in it. Raises BackendError("invalid_request")."""
+        images.check(messages)
         found: list[bytes] = []
         plain = [self._flattened(message, found) for message in messages]
         try:
@@ -73,10 +74,6 @@ class ChatTemplate:
                 text += ("" if after_image or not text else "\n") + str(part.get("text", ""))
                 after_image = False
             elif part.get("type") == "image_url" and self._image_marker:
-                if len(found) == images.MAX_IMAGES:
-                    raise BackendError(
-                        "invalid_request", f"a request takes at most {images.MAX_IMAGES} images"
-                    )
                 found.append(images.data_of(part))
                 text += self._image_marker
                 after_image = True

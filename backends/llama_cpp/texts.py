@@ -37,7 +37,8 @@ class Texts:
         if self._template is None:
             head, tail = self._vocabulary.pair(asked)
         else:
-            before, _, after = self._template.replace("{query}", asked).partition("{document}")
+            parts = self._template.partition("{document}")
+            before, _, after = (part.replace("{query}", asked) for part in parts)
             head, tail = tokenize(before, add_special=False), tokenize(after, add_special=False)
         body = tokenize(self._bounded(document), add_special=False, parse_special=False)
         return self._fitting(head, body, tail, truncate=truncate)

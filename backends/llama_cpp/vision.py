@@ -23,7 +23,7 @@ class Vision:
     Raises BackendError("load_failed"). `free` it before the model.
     """
 
-    def __init__(self, path: str, model: Any, *, threads: int, use_gpu: bool) -> None:
+    def __init__(self, path: str, model: Any, *, threads: int) -> None:
         try:
             from llama_cpp import mtmd_cpp
         except Exception as error:
@@ -38,7 +38,7 @@ class Vision:
         self.marker = f"<__image_{secrets.token_hex(8)}__>"
         self._marker_bytes = self.marker.encode()
         params = mtmd_cpp.mtmd_context_params_default()
-        params.use_gpu = use_gpu
+        params.use_gpu = False  # it is booked as RAM
         params.n_threads = threads
         params.print_timings = False
         params.media_marker = self._marker_bytes

@@ -52,6 +52,7 @@ class Generator:
         self._texts = texts
         self._context_length = context_length
         self._template = spec.artifact.chat_template
+        self._vocabulary = settings.fact(spec.artifact, "vocabulary")
         self._ends = frozenset(spec.artifact.metadata.get("onnx.eos_token_ids", ()))
         self._piece = max(_MIN_PIECE_TOKENS, settings.batch_tokens(spec.artifact, spec.threads))
         folder = _folder(spec)
@@ -141,6 +142,8 @@ class Generator:
         import onnxruntime_genai as genai
 
         search = search_options(sampling, max_length)
+        if self._vocabulary and "top_k" in search:  # more than there are is an error to the engine
+            search["top_k"] = min(search["top_k"], self._vocabulary)
         try:
             parameters = genai.GeneratorParams(self._model)
             parameters.set_search_options(**search)

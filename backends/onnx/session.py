@@ -60,11 +60,6 @@ class Session:
             raise BackendError("load_failed", f"{path} has no output {output!r}")
         return_unused_memory()
 
-    @property
-    def providers(self) -> list[str]:
-        """The execution providers that are in use."""
-        return list(self._session.get_providers())
-
     def new_run(self) -> Any:
         """Return what a run is ended with: see `batches.Run`."""
         import onnxruntime

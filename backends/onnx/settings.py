@@ -112,7 +112,7 @@ def gpu_vendors(devices: Iterable[str]) -> tuple[str, ...]:
 def providers(available: Sequence[str], wanted: str, placement: Placement) -> list[str]:
     """Return the execution providers to compute on, in order; the CPU is always the last.
 
-    `wanted` is the option `provider`. Nothing but the CPU is left of one that is not available.
+    `wanted` is the option `provider`. Raises BackendError for one that is not available.
     """
     if wanted == "cpu" or (wanted == "auto" and not placement.gpu_layers):
         return [_CPU]
@@ -121,6 +121,11 @@ def providers(available: Sequence[str], wanted: str, placement: Placement) -> li
         for name, ours, _ in _PROVIDERS
         if name in available and (ours == wanted or (wanted == "auto" and ours != _NOT_BY_ITSELF))
     ]
+    if not chosen and wanted != "auto":
+        raise BackendError(
+            "load_failed",
+            f"this build of onnxruntime has no provider {wanted!r}; it has: {', '.join(available)}",
+        )
     return [*chosen, _CPU]
 
 

@@ -217,7 +217,7 @@ class _Embedding(msgspec.Struct):
 
 class _Embeddings(msgspec.Struct):
     data: list[_Embedding]
-    usage: _Usage = msgspec.field(default_factory=_Usage)
+    usage: _Usage | None = None
 
 
 def embeddings(answer: object, count: int) -> Embeddings:
@@ -232,7 +232,9 @@ def embeddings(answer: object, count: int) -> Embeddings:
     if len(sizes) != 1 or any(size == 0 or size % 4 for size in sizes):
         raise BackendError("engine_error", f"its vectors have odd sizes: {sorted(sizes)} bytes")
     return Embeddings(
-        vectors=tuple(vectors), dimensions=sizes.pop() // 4, usage=read.usage.to_contract()
+        vectors=tuple(vectors),
+        dimensions=sizes.pop() // 4,
+        usage=read.usage.to_contract() if read.usage else Usage(),
     )
 
 

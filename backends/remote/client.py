@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
+import msgspec
 
 from backends.contract import BackendError, Delta, Done, Upstream
 from backends.remote.answers import Reading
 
 _BACKOFF_S = (0.25, 1.0)  # before the second and the third try, which is the last
 _LONGEST_RETRY_AFTER_S = 5.0
+_SLOWEST_UPLOAD_BYTES_S = 100_000
 _RETRIED = frozenset({429, 502, 503, 504})
 _REFUSED = frozenset({400, 404, 405, 413, 415, 422, 501})
 _LINE_BYTES = 8 * 1024 * 1024
@@ -158,8 +160,8 @@ class Client:
 
     def _parsed(self, text: bytes, path: str) -> object:
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
+            return msgspec.json.decode(text)  # json would take NaN and halves of characters
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             start = self._scrubbed(text.decode("utf-8", "replace"))[:_SHOWN_CHARACTERS]
             raise self._error(f"its answer to {path} is not JSON: {start!r}") from error
 
@@ -168,10 +170,20 @@ class Client:
         self, method: str, path: str, body: dict[str, Any] | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Give the upstream's answer, if it is one of success."""
+        data = None if body is None else json.dumps(body).encode()
+        # aiohttp's own read timeout begins once the body is out, which may be never.
+        upload_s = len(data or b"") / _SLOWEST_UPLOAD_BYTES_S
+        patience_s = self._upstream.connect_timeout_s + self._upstream.read_timeout_s + upload_s
         try:
-            async with self._session.request(
-                method, f"{self._upstream.url}{path}", json=body, allow_redirects=False
-            ) as response:
+            async with asyncio.timeout(patience_s):
+                response = await self._session.request(
+                    method,
+                    f"{self._upstream.url}{path}",
+                    data=data,
+                    headers={"Content-Type": "application/json"} if data is not None else {},
+                    allow_redirects=False,
+                )
+            async with response:
                 if response.status != 200:
                     await self._raise_for(response)
                 yield response
@@ -181,6 +193,8 @@ class Client:
         except aiohttp.ServerTimeoutError as error:
             seconds = self._upstream.read_timeout_s
             raise self._error(f"it sent nothing for {seconds:g} s") from error
+        except TimeoutError as error:
+            raise self._error(f"it sent nothing for {patience_s:g} s") from error
         except (aiohttp.ClientSSLError, ssl.SSLError) as error:
             raise self._error(f"its TLS certificate or handshake was refused: {error}") from error
         except aiohttp.ClientConnectorError as error:

@@ -234,30 +234,36 @@ class Xllamacpp:
 
         `query` takes its share of every text's room. Raises BackendError.
         """
-        room = self._context_length
-        used = len(self._tokens(query)) + 2 if query else 0  # what separates it from the text
+        marks = len(self._tokens("", special=True))  # at the start and the end of every text
+        used = marks
+        if query:
+            used += len(self._tokens(query)) + 2  # and between the query and the text
+        room = self._context_length - used
         fitting = []
         for text in texts:
             if not text:
                 raise BackendError("invalid_request", "one of the texts is empty")
-            if len(text) + used < room:  # a token has at least one character, or one of its bytes
-                fitting.append(text)
-                continue
-            tokens = self._tokens(text)
-            if len(tokens) + used <= room:
-                fitting.append(text)
-            elif truncate and used < room:
-                # The start and end marks are added again when the text is tokenized anew.
-                kept = {"tokens": tokens[1 : room - used - 2]}
-                fitting.append(str(self._listener.post("/detokenize", kept)["content"]))
-            else:
-                raise gguf.context_exceeded(len(tokens) + used, room)
+            if len(text.encode()) > room:  # else it fits: a token has at least one byte
+                tokens = self._tokens(text)
+                if len(tokens) > room and (not truncate or room < 1):
+                    raise gguf.context_exceeded(len(tokens) + used, self._context_length)
+                if len(tokens) > room:
+                    text = self._cut(tokens, room)  # noqa: PLW2901  the text that is computed
+            fitting.append(text)
         return fitting
 
-    def _tokens(self, text: str) -> list[int]:
-        if len(text) > gguf.MAX_CHARS_PER_TOKEN * self._context_length:
-            text = text[: gguf.MAX_CHARS_PER_TOKEN * self._context_length]
-        body = {"content": text, "add_special": True}
+    def _cut(self, tokens: list[int], room: int) -> str:
+        """Return the text of the first `room` tokens, or of some less if it has more on its own."""
+        for keep in range(room, 0, -max(1, room // 16)):
+            cut = str(self._listener.post("/detokenize", {"tokens": tokens[:keep]})["content"])
+            if len(self._tokens(cut)) <= room:
+                return cut
+        raise BackendError("engine_error", "xllamacpp can't cut this text")
+
+    def _tokens(self, text: str, *, special: bool = False) -> list[int]:
+        # What is beyond this does not fit whatever it is, and would take long to tokenize.
+        text = text[: gguf.MAX_CHARS_PER_TOKEN * self._context_length]
+        body = {"content": text, "add_special": special}
         return list(self._listener.post("/tokenize", body)["tokens"])
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backends import gguf
+from backends import gguf, grammars
 from backends.contract import (
     BackendError,
     ChatRequest,
@@ -23,6 +23,7 @@ from backends.contract import (
 
 # A request that does not stream can't be cancelled, and progress is what calls back in a prompt.
 _ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
+_MAX_REPEATS = 10_000  # a million of them took 1.7 GB
 _SAMPLING_FIELDS = (
     "max_tokens",
     "temperature",
@@ -41,6 +42,8 @@ def _sampling(sampling: Sampling) -> dict[str, Any]:
     """Return the engine's fields for `sampling`, leaving its defaults alone."""
     fields = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
     chosen = {name: value for name, value in fields.items() if value is not None}
+    if sampling.json_schema is not None:
+        grammars.check_repeats(sampling.json_schema, _MAX_REPEATS)
     if sampling.json_schema == {}:
         chosen["json_schema"] = {"type": "object"}
     if sampling.stop:

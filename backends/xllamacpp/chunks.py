@@ -42,7 +42,9 @@ def chunks(
     thread.start()
     try:
         while (chunk := arrived.get()) is not None:
-            if isinstance(chunk, ValueError):  # how the engine refuses a message it can't read
+            if isinstance(
+                chunk, ValueError | RecursionError
+            ):  # how the engine refuses a message it can't read
                 raise BackendError("invalid_request", str(chunk)) from chunk
             if isinstance(chunk, BaseException):
                 raise BackendError("engine_error", f"xllamacpp: {chunk}") from chunk

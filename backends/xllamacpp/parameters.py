@@ -58,7 +58,7 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
     ]
     for path in spec.artifact.paths("mmproj"):
         params.mmproj.path = path
-        params.mmproj_use_gpu = spec.placement.gpu_layers > 0
+        params.mmproj_use_gpu = False  # it is booked as RAM
     if spec.artifact.metadata.get("modeld.chat_template"):
         params.chat_template = spec.artifact.chat_template
     params.hostnames = [listener.path]

@@ -39,6 +39,9 @@ class Texts(msgspec.Struct, forbid_unknown_fields=True):
     truncate: bool = False
 
 
+_SETTINGS = ("backend", "options", "architecture", "chat_template", "background")
+
+
 def routes() -> list[web.RouteDef]:
     """Return the native routes."""
     base = "/modeld/v1"
@@ -82,6 +85,7 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         **status,
         "context_length": status["context_length"] or record.context_length,
         "last_error": status["last_error"] or None,
+        "fixed_backend": record.backend or None,
         "options": record.options,
         "background": record.background,
         "files": [file.path for file in record.artifact.files] if record.artifact else [],
@@ -104,7 +108,10 @@ async def show_model(request: web.Request) -> web.Response:
 
 
 async def add_model(request: web.Request) -> web.Response:
-    """Add a model by its source: 201 and its record, or 200 if it is there already."""
+    """Add a model by its source: 201 and its record, or 200 if it is there already.
+
+    Settings that are given for a model that is there replace its own, from its next load on.
+    """
     parts = services(request)
     body = await read_json(request, NewModel)
     unique = body.unique or name_for(parse(body.source))
@@ -116,6 +123,9 @@ async def add_model(request: web.Request) -> web.Response:
     if known is not None:
         if known.source != body.source:
             raise name_taken(known)
+        given = {name: getattr(body, name) for name in _SETTINGS if getattr(body, name)}
+        if any(getattr(known, name) != value for name, value in given.items()):
+            parts.catalog.update(known.id, **given)
         return _answer(parts, known.id)
     parse(body.source)
     record = parts.catalog.add(
@@ -183,6 +193,7 @@ async def explain(request: web.Request) -> web.Response:
             "chosen": explanation.chosen or None,
             "fixed": explanation.fixed or None,
             "last_error": parts.models.status(record.id).last_error or None,
+            "passed_over": parts.models.status(record.id).passed_over,
             "candidates": candidates,
         }
     )

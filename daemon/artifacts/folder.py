@@ -81,7 +81,8 @@ def scan(folder: Path) -> dict[str, os.stat_result]:
     for name in _walk(folder):
         path = folder / name
         if path.is_symlink() and not path.resolve().is_relative_to(root):
-            outside.append(name)
+            if path.is_file():
+                outside.append(name)
             continue
         try:
             facts = path.stat()
@@ -89,18 +90,19 @@ def scan(folder: Path) -> dict[str, os.stat_result]:
             continue
         if stat.S_ISREG(facts.st_mode):
             found[relative_name(name)] = facts
+    weights = [name for name in outside if _WEIGHTS.search(name) or _EXTERNAL.search(name)]
+    if weights:
+        raise InvalidRequest(
+            f"{listed(weights)} in {folder} are symbolic links that lead out of it, and such links "
+            "are not followed: make a folder with the files themselves (`cp -rL`) and import that"
+        )
     if len(found) > MAX_FILES:
         raise InvalidRequest(
             f"{folder} has {len(found)} files that may be part of a model, and at most "
             f"{MAX_FILES} are taken: name the folder that holds the model alone"
         )
     if not found:
-        links = (
-            f"; {listed(outside)} lead out of it, and such symbolic links are not followed"
-            if outside
-            else ""
-        )
-        raise InvalidRequest(f"{folder} holds no model: modeld reads {_FORMATS}{links}")
+        raise InvalidRequest(f"{folder} holds no model: modeld reads {_FORMATS}")
     return dict(sorted(found.items()))
 
 

@@ -124,6 +124,8 @@ def explain(arguments: Namespace, client: Client) -> None:
         print("no backend can run this model here")
     if answer["last_error"]:
         print(f"the last load failed: {answer['last_error']}")
+    for reason in answer["passed_over"]:
+        print(f"tried before the one that runs it: {reason}")
 
 
 def pull(arguments: Namespace, client: Client) -> None:

@@ -26,9 +26,14 @@ from daemon.catalog.record import ModelRecord
 from daemon.config import Models as ModelSettings
 from daemon.errors import (
     BackendUnavailable,
+    EngineError,
+    InsufficientMemory,
     InvalidRequest,
     LoadFailed,
+    LoadTimeout,
+    ModeldError,
     ModelNotDownloaded,
+    QueueFull,
     WorkerCrashed,
 )
 from daemon.memory.ledger import Ledger
@@ -42,6 +47,16 @@ from daemon.workers.prober import Probers
 from daemon.workers.worker import Worker, error_from
 
 _PATIENCE_S = 3.0  # for engines that do not answer, once another one has
+# After these another backend is tried; what else goes wrong would go wrong with any.
+_NEXT_MAY_DO = (
+    LoadFailed,
+    LoadTimeout,
+    WorkerCrashed,
+    EngineError,
+    InsufficientMemory,
+    InvalidRequest,
+    QueueFull,
+)
 log = logging.getLogger(__name__)
 
 
@@ -96,6 +111,19 @@ def _described(record: ModelRecord) -> Artifact:
     return replace(record.artifact, chat_template=record.chat_template, metadata=metadata)
 
 
+def _all_failed(record: ModelRecord, failures: list[tuple[str, ModeldError]]) -> ModeldError:
+    """Return the error of a load that no backend could do.
+
+    If all were refused alike (for want of memory), that is the error, with all that it says.
+    """
+    first = failures[0][1]
+    own = not isinstance(first, LoadFailed | WorkerCrashed)
+    if own and all(type(error) is type(first) for _, error in failures):
+        return first
+    reasons = "; ".join(f"{name}: {error.message}" for name, error in failures)
+    return LoadFailed(f"{record.unique} could not be loaded. {reasons}")
+
+
 class Loader:
     """Loads models with the best backend there is, or with the next best if that one fails."""
 
@@ -128,16 +156,19 @@ class Loader:
         """
         artifact = _described(record)
         check_unchanged(artifact)
-        failures = []
+        failures: list[tuple[str, ModeldError]] = []
         for candidate in await self._usable(record, artifact):
             try:
-                return await self._load_with(candidate.backend, record, artifact, watch)
-            except (LoadFailed, WorkerCrashed, InvalidRequest) as error:
+                instance = await self._load_with(candidate.backend, record, artifact, watch)
+            except _NEXT_MAY_DO as error:
                 log.warning("model=%s backend=%s %s", record.unique, candidate.backend, error)
-                failures.append(f"{candidate.backend}: {error.message}")
-                if not isinstance(error, InvalidRequest):
+                failures.append((candidate.backend, error))
+                if isinstance(error, LoadFailed | LoadTimeout | WorkerCrashed):
                     self._probers.doubt(candidate.backend)
-        raise LoadFailed(f"{record.unique} could not be loaded. {'; '.join(failures)}")
+            else:
+                instance.passed_over = tuple(f"{name}: {e.message}" for name, e in failures)
+                return instance
+        raise _all_failed(record, failures)
 
     async def explain(self, record: ModelRecord) -> Explanation:
         """Say what each backend makes of the model, and which one a load would take.
@@ -166,7 +197,7 @@ class Loader:
         """
         artifact = _described(record)
         candidate = (await self._usable(record, artifact))[0]
-        options = await self._options(record, candidate.backend, models=1)
+        options = await self._options(record, candidate.backend, models=1, afresh=False)
         return Planned(
             backend=candidate.backend,
             reason=candidate.fit.reason,
@@ -197,10 +228,12 @@ class Loader:
             raise BackendUnavailable(f"no backend can run this model here. {reasons}")
         return usable
 
-    async def _options(self, record: ModelRecord, backend: str, *, models: int) -> LoadOptions:
+    async def _options(
+        self, record: ModelRecord, backend: str, *, models: int, afresh: bool = True
+    ) -> LoadOptions:
         """Return the settings of a load beside which `models`, itself included, compute."""
         probes = await self._probers.ask([backend])
-        hardware = await self._machine.look()
+        hardware = await self._machine.look(afresh=afresh)
         vendors = probes[backend].gpu_vendors
         return LoadOptions(
             context_length=self._settings.context_length or None,
@@ -222,6 +255,8 @@ class Loader:
             return self._registry.classes[backend].estimate(artifact, options)
         except BackendError as error:
             raise error_from(error.code, error.message) from error
+        except Exception as error:  # a plugin's fault costs itself alone
+            raise LoadFailed(f"its estimate failed: {type(error).__name__}: {error}") from error
 
     async def _load_with(
         self, backend: str, record: ModelRecord, artifact: Artifact, watch: Watch

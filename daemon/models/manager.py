@@ -98,6 +98,7 @@ class ModelManager:
             context_length=resident.context_length,
             slots=resident.slots,
             last_error=resident.last_error,
+            passed_over=instance.passed_over if instance is not None else (),
         )
 
     # loading

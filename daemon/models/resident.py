@@ -28,7 +28,10 @@ class ModelState(StrEnum):
 
 
 class Instance:
-    """One loaded copy of a model: its worker, and the slots that requests take turns in."""
+    """One loaded copy of a model: its worker, and the slots that requests take turns in.
+
+    `passed_over` says why backends that were tried before this one could not load it.
+    """
 
     def __init__(
         self, worker: Worker, loaded: LoadedModel, artifact: Artifact, scratch: Path
@@ -38,6 +41,7 @@ class Instance:
         self.artifact = artifact
         self.scratch = scratch
         self.slots = asyncio.Semaphore(loaded.slots)
+        self.passed_over: tuple[str, ...] = ()
         self.running = 0
         self.idle = asyncio.Event()
         self.idle.set()
@@ -95,6 +99,7 @@ class ModelStatus:
     context_length: int = 0
     slots: int = 0
     last_error: str = ""
+    passed_over: tuple[str, ...] = ()
 
 
 def crash_delay(crashes: Sequence[float], now: float) -> float:

@@ -171,7 +171,7 @@ class Probers:
         return found
 
     def _stamp(self, name: str) -> str:
-        """Return what a backend's probe depends on: its code, its engine, drivers, interpreter."""
+        """Return what a backend's probe depends on: modeld, the engine, drivers, interpreter."""
         distribution = getattr(self._registry.classes[name], "distribution", "")
         engine = _installed(distribution) if distribution else ""
         return f"{__version__} {engine} {sys.version} {self._drivers()}" if engine else ""

@@ -136,10 +136,13 @@ async def test_images_are_passed_on_and_only_as_data(client, model):
             assert "data URL" in answer["error"]["message"]
 
 
-async def test_too_many_images_are_refused_with_the_number(client, model):
-    content = [{"type": "image_url", "image_url": {"url": PIXEL}}] * 17
-    status, answer = await post(client, "/v1/chat/completions", say(content))
-    assert status == 400 and "17 images" in answer["error"]["message"]
+async def test_brackets_of_a_grammar_are_not_nested_for_ever(client, model):
+    grammar = f"root ::= {'(' * 201}x{')' * 201}"
+    status, answer = await post(client, "/v1/chat/completions", say("x", grammar=grammar))
+    assert status == 400 and answer["error"]["param"] == "grammar"
+    wide = "root ::= " + "(x) " * 1000
+    status, _ = await post(client, "/v1/chat/completions", say("x", grammar=wide))
+    assert status == 200
 
 
 # completions

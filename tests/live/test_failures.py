@@ -204,13 +204,20 @@ def test_kill_9_of_the_daemon_ends_its_probers(start_daemon, tmp_path):
 
     def hanging() -> list[psutil.Process]:
         command = {"backends.prober", "--backend=backends.llama_cpp:LlamaCpp"}
-        return [child for child in daemon.children() if command <= set(child.cmdline())]
+        return [child for child in daemon.children() if command <= set(command_line(child))]
 
     wait_for(lambda: len(hanging()) == 1, 30, "no prober hangs")
     (prober,) = hanging()
     daemon.kill()
     asking.close()
     wait_for(lambda: not running(prober), 1, "a prober outlived the daemon by a second")
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has just ended
+        return []
 
 
 def running(process: psutil.Process) -> bool:

@@ -125,7 +125,15 @@ def test_a_folder_of_nothing_but_links_out_says_so(tmp_path):
 
     message = problem(tmp_path / "model")
 
-    assert "holds no model" in message and "m.gguf lead out of it" in message
+    assert "m.gguf in" in message and "lead out of it" in message and "cp -rL" in message
+
+
+def test_a_link_out_beside_a_model_is_not_left_out_silently(tmp_path):
+    """Such as an image encoder: the model would be blind, and nobody would know why."""
+    (tmp_path / "model").mkdir()
+    gguf(tmp_path / "model" / "m.gguf")
+    (tmp_path / "model" / "mmproj.gguf").symlink_to(gguf(tmp_path / "e.gguf"))
+    assert "mmproj.gguf in" in problem(tmp_path / "model")
 
 
 @pytest.mark.parametrize("make", ["nothing", "others"])

@@ -36,6 +36,7 @@ def artifact(*, architecture: str = "llama", facts: dict[str, Any] | None = None
         "context_length": 8192,
         "weights_bytes": 94 * MIB,
     }
+    settings["chat_template"] = "{{ messages }}"
     named = SMOLLM2_FACTS if facts is None else facts
     return Artifact(
         format="gguf",
@@ -93,6 +94,13 @@ def test_the_context_is_the_model_s_own_but_at_most_4096(trained, settled):
 @pytest.mark.parametrize("chosen", [512, 4096, 8192])
 def test_the_user_s_context_length_stands(chosen):
     assert gguf.settle_context_length(artifact(), LoadOptions(context_length=chosen)) == chosen
+
+
+def test_no_choice_reaches_beyond_what_the_model_was_trained_for():
+    model = artifact(context_length=512)
+    assert gguf.settle_context_length(model, LoadOptions(context_length=1024)) == 512
+    unknown = artifact(context_length=0)
+    assert gguf.settle_context_length(unknown, LoadOptions(context_length=9000)) == 9000
 
 
 # slots
@@ -224,6 +232,10 @@ def test_a_language_model_chats_and_completes():
     assert gguf.tasks(artifact()) == (Task.CHAT, Task.COMPLETE)
 
 
+def test_a_model_without_a_chat_template_does_not_chat():
+    assert gguf.tasks(artifact(chat_template="")) == (Task.COMPLETE,)
+
+
 @pytest.mark.parametrize(
     "names", [("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")]
 )
@@ -321,6 +333,10 @@ def test_the_texts_of_all_parts_and_of_a_suffix_count():
         ChatRequest(messages=({"role": "user", "content": parts},)),
         ChatRequest(messages=({"role": "user", "content": None}, {"role": "x", "content": parts})),
         CompleteRequest(prompt="a" * 65_000, suffix="b" * 537),
+        ChatRequest(
+            messages=({"tool_calls": [{"function": {"name": "f", "arguments": "a" * 65_536}}]},)
+        ),
+        ChatRequest(messages=(), tools=({"description": "a" * 65_518},)),
     ):
         with pytest.raises(BackendError, match="65537 characters"):
             gguf.refuse_hopeless(request, 512)

@@ -273,3 +273,26 @@ def test_shares_are_in_the_order_of_the_pci_addresses(tmp_path):
     other = Placement(gpu_layers=1, layers=(("0000:99:00.0", 1),))
     with pytest.raises(BackendError, match="0000:99:00.0"):
         gpu_split(other, tmp_path)
+
+
+def test_a_png_that_hides_its_size_behind_another_chunk_is_refused():
+    """Decoders skip a CgBI chunk, and so would read a size that nobody has checked."""
+    size = (1).to_bytes(4, "big") * 2
+    hidden = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x08CgBI" + size + b"\x00" * 40
+    url = f"data:image/png;base64,{base64.b64encode(hidden).decode()}"
+    with pytest.raises(BackendError, match="not a whole PNG"):
+        images.data_of({"image_url": {"url": url}})
+
+
+def test_the_images_of_a_request_are_bounded_together():
+    header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0dIHDR"
+    big = header + (6000).to_bytes(4, "big") + (6000).to_bytes(4, "big") + b"\x00" * 40
+    url = f"data:image/png;base64,{base64.b64encode(big).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    images.check([{"content": [part]}])
+    with pytest.raises(BackendError, match="72000000 pixels together"):
+        images.check([{"content": [part]}, {"content": [part]}])
+    small = header + (1).to_bytes(4, "big") * 2 + b"\x00" * 40
+    url = f"data:image/png;base64,{base64.b64encode(small).decode()}"
+    with pytest.raises(BackendError, match="at most 16 images, not 17"):
+        images.check([{"content": [{"type": "image_url", "image_url": {"url": url}}] * 17}])

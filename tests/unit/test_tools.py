@@ -51,6 +51,26 @@ def test_the_schema_of_one_tool_is_its_name_and_its_parameters():
     assert schema["additionalProperties"] is False
 
 
+def test_definitions_move_to_the_root_where_references_find_them():
+    """Pydantic writes nested models so."""
+    city = {"type": "object", "properties": {"name": {"type": "string"}}}
+    where = {"properties": {"city": {"$ref": "#/$defs/City"}}, "$defs": {"City": city}}
+    old = {"properties": {"city": {"$ref": "#/definitions/City"}}, "definitions": {"City": {}}}
+    given = [
+        {"function": {"name": name, "parameters": p}} for name, p in (("a", where), ("b", old))
+    ]
+    schema = tools.call_schema(tuple(given))
+    first, second = (call["properties"]["arguments"] for call in schema["anyOf"])
+    assert first == {"properties": {"city": {"$ref": "#/$defs/0_City"}}}
+    assert second == {"properties": {"city": {"$ref": "#/$defs/1_City"}}}
+    assert schema["$defs"] == {"0_City": city, "1_City": {}}
+
+
+def test_a_stop_sequence_does_not_cut_a_call():
+    asked = replace(ASKED, sampling=Sampling(stop=("\n",)))
+    assert tools.insisting(asked, (WEATHER,)).sampling.stop == ()
+
+
 def test_the_schema_of_several_tools_leaves_the_choice():
     schema = tools.call_schema((WEATHER, TIME))
     names = [call["properties"]["name"]["const"] for call in schema["anyOf"]]

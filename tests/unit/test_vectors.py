@@ -42,3 +42,10 @@ def test_a_vector_of_zeros_stays_one():
 )
 def test_every_vector_has_length_1(values):
     assert math.hypot(*unpack(vectors.pack(values))) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_no_number_is_an_error_of_the_engine(number):
+    with pytest.raises(BackendError, match="none") as failed:
+        vectors.pack([1.0, number])
+    assert failed.value.code == "engine_error"

@@ -256,3 +256,8 @@ def test_vectors_are_base64_in_the_line():
         id=1, result=contract.Embeddings(vectors=(b"\x00\x00\x80\x3f",), dimensions=1)
     )
     assert msgspec.json.decode(wire.encode(message))["result"]["vectors"] == ["AACAPw=="]
+
+
+def test_half_a_character_is_no_line():
+    with pytest.raises(wire.ProtocolError, match="JSON"):
+        wire.encode(wire.Delta(id=1, delta=contract.Delta(content="\ud83d")))

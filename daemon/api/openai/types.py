@@ -16,6 +16,7 @@ from backends.contract import (
     RerankRequest,
     Sampling,
 )
+from backends.grammars import MAX_NESTING, nesting
 from daemon.errors import InvalidRequest
 
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -25,7 +26,6 @@ _Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 _Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 _Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2048)]
 _SEEDS = 2**32 - 1  # the one value beyond means "random" to llama.cpp
-_MAX_IMAGES = 16
 
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -190,7 +190,7 @@ class SamplingBody(_Body, kw_only=True):
     """What chat and completions share. The last group is accepted and has no effect here."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: _Tokens | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
@@ -227,6 +227,10 @@ class SamplingBody(_Body, kw_only=True):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options: only allowed together with stream", param="stream_options"
+            )
+        if nesting(self.grammar) > MAX_NESTING:
+            raise InvalidRequest(
+                f"grammar: brackets are nested deeper than {MAX_NESTING}", param="grammar"
             )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
@@ -308,11 +312,6 @@ class ChatBody(SamplingBody, kw_only=True):
         if any(not url.startswith("data:image/") for url in self.images):
             raise InvalidRequest(
                 "messages: an image must be a data URL (data:image/png;base64,…)", param="messages"
-            )
-        if len(self.images) > _MAX_IMAGES:
-            raise InvalidRequest(
-                f"messages: there are {len(self.images)} images, and at most {_MAX_IMAGES} may be",
-                param="messages",
             )
 
     def _schema(self) -> dict[str, Any] | None:

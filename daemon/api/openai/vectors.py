@@ -7,6 +7,7 @@ import sys
 from array import array
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from backends.contract import Usage
@@ -46,9 +47,9 @@ async def embeddings(request: web.Request) -> web.Response:
         }
         for index, vector in enumerate(found.vectors)
     ]
-    return web.json_response(
-        {"object": "list", "data": data, "model": record.unique, "usage": _usage(found.usage)}
-    )
+    answer = {"object": "list", "data": data, "model": record.unique, "usage": _usage(found.usage)}
+    # Seven times as fast as json: a million numbers would hold up everybody else for a second.
+    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
 
 
 async def rerank(request: web.Request) -> web.Response:
