@@ -15,6 +15,7 @@ from pathlib import Path
 import gguf_models
 import onnx_files
 from ggml_files import write_ggml
+from gguf_files import Tensor, write_gguf
 
 from backends.contract import Artifact, ModelFile, Task
 from daemon.artifacts import folder
@@ -114,6 +115,14 @@ def onnx_decoder(folder: Path) -> Path:
     return folder
 
 
+def proverb(folder: Path) -> Path:
+    """A file for the example of a plugin."""
+    text = "A stitch in time saves nine, and nine stitches in time save a great many more."
+    facts = {"general.architecture": "llama", "general.description": text}
+    write_gguf(folder / "proverb.gguf", facts, [Tensor(name="w", dimensions=(32, 4))])
+    return folder
+
+
 def nothing(folder: Path) -> Path:
     """A model on another computer has no files here."""
     return folder
@@ -208,5 +217,13 @@ CASES = [
         tasks=TEXT,
         grammar=True,
         is_remote=True,
+    ),
+    Case(
+        name="plugin",
+        backend="modeld_recital:Recital",
+        module="modeld_recital",
+        build=proverb,
+        tasks=frozenset({Task.CHAT}),
+        certain=True,
     ),
 ]

@@ -204,3 +204,27 @@ class CrashingProbe(ReferenceBackend):
     def probe(cls) -> Probe:
         signal.raise_signal(signal.SIGSEGV)
         raise AssertionError("not reached")
+
+
+class FailingBackend(ReferenceBackend):
+    """The one that is preferred, and cannot load a model whose header asks it to fail."""
+
+    name: ClassVar[str] = "failing"
+
+    @classmethod
+    def fit(cls, artifact: Artifact, probe: Probe, hardware: Hardware) -> Fit:
+        if artifact.metadata.get("test.fit") == "bug":
+            raise KeyError("a bug of a plugin")
+        return Fit(score=50, reason="comes first", tasks=TASKS)
+
+    @classmethod
+    def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
+        if artifact.metadata.get("test.estimate") == "bug":
+            raise TypeError("another bug of a plugin")
+        estimate = super().estimate(artifact, options)
+        if artifact.metadata.get("test.estimate") == "huge":
+            return MemoryEstimate(context_length=1, slots=1, parts={"weights": 2**60})
+        return estimate
+
+    def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
+        raise BackendError("load_failed", "its first choice was made to fail")

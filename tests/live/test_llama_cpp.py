@@ -452,6 +452,11 @@ def test_a_schema_is_kept_to(backend, temperature):
     assert answer.done.finish_reason == "stop"
 
 
+def test_the_longest_text_that_a_schema_may_ask_for_works(backend):
+    schema = {"type": "string", "maxLength": 1000}
+    assert chat(backend, json_schema=schema, max_tokens=20).text.startswith('"')
+
+
 def test_an_empty_schema_is_any_object(backend):
     answer = chat(backend, "A JSON object, please.", json_schema={}, max_tokens=60)
     assert answer.text.startswith("{")
@@ -476,6 +481,10 @@ def test_constrained_answers_share_batches_with_free_ones(backend):
         {"json_schema": {"type": "nonsense"}},
         {"json_schema": {"$ref": "https://example.org/schema"}},
         {"json_schema": {"enum": []}},
+        # these would take the process down
+        {"json_schema": {"type": "string", "maxLength": 20_000}},
+        {"json_schema": {"type": "array", "items": {"type": "integer"}, "maxItems": 20_000}},
+        {"grammar": f'root ::= {"(" * 20_000}"a"{")" * 20_000}'},
     ],
 )
 def test_a_wrong_grammar_or_schema_is_refused(backend, wrong):

@@ -158,6 +158,42 @@ def test_a_call_that_is_required_is_made(daemon, sample, choice, names, stream):
         assert isinstance(arguments["city"], str)
 
 
+def test_a_call_of_a_tool_with_definitions_is_made(daemon, sample):
+    """As Pydantic writes nested models."""
+    city = {"type": "object", "properties": {"name": {"enum": ["Paris"]}}, "required": ["name"]}
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/City"}},
+        "required": ["city"],
+        "$defs": {"City": city},
+    }
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    found, _ = chat(daemon, sample, tools=[tool], tool_choice="required", max_tokens=100)
+    (call,) = found["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["city"] == {"name": "Paris"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grammar": f'root ::= {"(" * 30_000}"a"{")" * 30_000}'},
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"schema": {"type": "string", "maxLength": 10**6}},
+            }
+        },
+    ],
+)
+def test_what_would_take_the_engine_down_is_refused(daemon, sample, fields):
+    text(daemon, sample, max_tokens=1)
+    pid = daemon.model(sample)["worker_pid"]
+    body = {"model": sample, "messages": QUESTION} | fields
+    status, _, answer = daemon.request("POST", "/v1/chat/completions", body)
+    assert status == 400, answer
+    assert text(daemon, sample, max_tokens=1) and daemon.model(sample)["worker_pid"] == pid
+
+
 def test_a_call_that_does_not_fit_max_tokens_ends_with_length(daemon, sample):
     found, _ = chat(daemon, sample, tools=[WEATHER], tool_choice="required", max_tokens=3)
     assert found["finish_reason"] == "length" and "tool_calls" not in found["message"]

@@ -1,5 +1,7 @@
 """A backend that recites what a model file says of itself, word by word."""
 
+from itertools import cycle, islice
+from pathlib import Path
 from typing import ClassVar
 
 from backends.contract import (
@@ -15,6 +17,7 @@ from backends.contract import (
     Usage,
     check_options,
 )
+from backends.text import StopScanner
 
 
 class Recital:
@@ -46,10 +49,10 @@ class Recital:
         )
 
     def load(self, spec, progress):
-        text = spec.artifact.metadata["general.description"]
-        self.words = text.split() * check_options(self.name, self.options, spec.engine).get(
-            "repeat", 1
-        )
+        if not Path(spec.artifact.path).read_bytes().startswith(b"GGUF"):
+            raise BackendError("load_failed", f"{spec.artifact.path} is not a GGUF file")
+        times = check_options(self.name, self.options, spec.engine).get("repeat", 1)
+        self.words = spec.artifact.metadata["general.description"].split() * times
         self.context_length = spec.context_length
         return LoadedModel(
             tasks=(Task.CHAT,),
@@ -59,17 +62,28 @@ class Recital:
         )
 
     def chat(self, request, cancelled):
-        asked = sum(len(message["content"].split()) for message in request.messages)
-        if asked >= self.context_length:
-            text = f"{asked} words asked, but context_length is {self.context_length}"
-            raise BackendError("context_length_exceeded", text)
-        words = self.words[: request.sampling.max_tokens]
-        for count, word in enumerate(words):
+        asked = sum(len(str(message["content"]).split()) for message in request.messages)
+        room = self.context_length - asked
+        if room < 1:
+            raise BackendError(
+                "context_length_exceeded",
+                f"the prompt has {asked} tokens, but the context_length is {self.context_length}",
+            )
+        sampling, count = request.sampling, 0
+        words = cycle(self.words) if sampling.ignore_eos else self.words
+        scanner = StopScanner(sampling.stop)
+        for word in islice(words, min(room, sampling.max_tokens or room)):
             if cancelled():
                 return Done(finish_reason="cancelled")
-            yield Delta(content=word if count == 0 else f" {word}")
-        whole = len(words) == len(self.words)
-        usage = Usage(prompt_tokens=asked, completion_tokens=len(words))
+            count += 1
+            if text := scanner.feed((word if count == 1 else f" {word}").encode()):
+                yield Delta(content=text)
+            if scanner.stopped:
+                break
+        if text := scanner.flush():
+            yield Delta(content=text)
+        whole = scanner.stopped or (not sampling.ignore_eos and count == len(self.words))
+        usage = Usage(prompt_tokens=asked, completion_tokens=count)
         return Done(finish_reason="stop" if whole else "length", usage=usage)
 
     def close(self):
