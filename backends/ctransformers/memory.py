@@ -109,7 +109,7 @@ def settle_context_length(artifact: Artifact, wanted: int | None) -> int:
     """
     length = gguf.settle_context_length(artifact, LoadOptions(context_length=wanted))
     if artifact.architecture in ("llama", "falcon"):
-        return length
+        return wanted or length
     length = min(length, artifact.context_length)
     if grows(artifact):
         return length

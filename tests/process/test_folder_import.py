@@ -317,11 +317,16 @@ def test_a_configuration_file_that_is_too_large_is_refused_unread(places, tmp_pa
     assert "config.json has 100,000,000,000 bytes" in text
 
 
-def test_a_link_that_leads_out_of_the_folder_is_not_followed(places, mine, tmp_path):
+def test_a_link_that_leads_out_of_the_folder_is_not_followed_but_named(places, mine, tmp_path):
+    """Left out silently, the model would lack its adapter and nobody would know why."""
     outside = gguf(tmp_path / "outside.gguf", LORA, seed=7)
     (mine / "outside.gguf").symlink_to(outside)
-    assert_stored(fetch(places, str(mine)), places, mine)
+    refused = fetch(places, str(mine))
+    assert refused.code == "invalid_request"
+    assert "outside.gguf in" in refused.message and "cp -rL" in refused.message
     assert outside.stat().st_nlink == 1
+    (mine / "outside.gguf").unlink()
+    assert_stored(fetch(places, str(mine)), places, mine)
 
 
 def test_devices_and_pipes_are_no_files_of_a_model(places, mine):
