@@ -321,9 +321,9 @@ def test_a_link_that_leads_out_of_the_folder_is_not_followed_but_named(places, m
     """Left out silently, the model would lack its adapter and nobody would know why."""
     outside = gguf(tmp_path / "outside.gguf", LORA, seed=7)
     (mine / "outside.gguf").symlink_to(outside)
-    refused = fetch(places, str(mine))
-    assert refused.code == "invalid_request"
-    assert "outside.gguf in" in refused.message and "cp -rL" in refused.message
+    code, text = refused(places, mine)
+    assert code == "invalid_request"
+    assert "outside.gguf in" in text and "cp -rL" in text
     assert outside.stat().st_nlink == 1
     (mine / "outside.gguf").unlink()
     assert_stored(fetch(places, str(mine)), places, mine)
