@@ -82,6 +82,7 @@ def attach(union: Any) -> tuple[Channel, list[str]]:
     parser.add_argument("--parent-pid", type=int, required=True)
     options, rest = parser.parse_known_args()
     die_with_parent(options.parent_pid)
+    os.umask(0o077)  # what a child writes was said or downloaded by one user, and is theirs alone
     # Ctrl-C in a terminal goes to the daemon, which then ends its children itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _yield_to_others()

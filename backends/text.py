@@ -16,7 +16,12 @@ class StopScanner:
         self._stops = [stop for stop in stops if stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
-        self.stopped = False
+        self.stopped_by = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop sequence has appeared: `stopped_by` is which."""
+        return bool(self.stopped_by)
 
     def feed(self, piece: bytes) -> str:
         """Take the next token's bytes and return the text that is now certain."""
@@ -36,8 +41,8 @@ class StopScanner:
         self._held += text
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            certain, self._held = self._held[: min(found)[1]], ""
+            end, at = min(found)
+            certain, self.stopped_by, self._held = self._held[:at], self._held[at:end], ""
             return certain
         keep = self._tail_that_may_stop()
         certain = self._held[: len(self._held) - keep]

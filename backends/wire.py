@@ -35,11 +35,15 @@ class Hello(Message):
 
 
 class Error(Message):
-    """Something failed: a request if `id` is set, else the load or the child as a whole."""
+    """Something failed: a request if `id` is set, else the load or the child as a whole.
+
+    `tokens` is how many a prompt has that is too long, if that is known.
+    """
 
     code: str
     message: str
     id: int | None = None
+    tokens: int | None = None
 
 
 # daemon → worker
@@ -86,10 +90,28 @@ class Classify(Message):
     request: contract.ClassifyRequest
 
 
+class Count(Message):
+    """Count the tokens of a prompt; answered by Counted or Error with the same id."""
+
+    id: int
+    request: contract.CountRequest
+
+
 class Cancel(Message):
     """End request `id` soon; it still gets its last answer."""
 
     id: int
+
+
+class SaveState(Message):
+    """Write the conversations into `folder`, at most `limit_bytes` of them, while nothing runs.
+
+    Answered by StateSaved or Error with the same id.
+    """
+
+    id: int
+    folder: str
+    limit_bytes: int
 
 
 class Ping(Message):
@@ -152,6 +174,20 @@ class Classified(Message):
     result: contract.Classes
 
 
+class Counted(Message):
+    """Request `id` has ended with this number of tokens."""
+
+    id: int
+    result: contract.Count
+
+
+class StateSaved(Message):
+    """Answer to SaveState: these files are in its folder."""
+
+    id: int
+    conversations: tuple[contract.SavedConversation, ...]
+
+
 class Pong(Message):
     """Answer to Ping."""
 
@@ -173,10 +209,10 @@ class Detected(Message):
     hardware: contract.Hardware
 
 
-Ask = Chat | Complete | Embed | Rerank | Classify
-Result = Done | Embedded | Reranked | Classified
-ToWorker = Load | Ask | Cancel | Ping | Shutdown
-FromWorker = Hello | Error | Progress | Loaded | Delta | Result | Pong
+Ask = Chat | Complete | Embed | Rerank | Classify | Count
+Result = Done | Embedded | Reranked | Classified | Counted
+ToWorker = Load | Ask | Cancel | SaveState | Ping | Shutdown
+FromWorker = Hello | Error | Progress | Loaded | Delta | Result | StateSaved | Pong
 FromProber = Hello | Error | Probed | Detected
 
 

@@ -23,6 +23,7 @@ from backends.contract import (
     BackendError,
     Classes,
     Delta,
+    LoadSpec,
     Scores,
     Task,
     TokenLogprob,
@@ -37,6 +38,7 @@ _RESULTS: dict[type[wire.Message], type[wire.Message]] = {
     wire.Embed: wire.Embedded,
     wire.Rerank: wire.Reranked,
     wire.Classify: wire.Classified,
+    wire.Count: wire.Counted,
 }
 
 
@@ -70,6 +72,19 @@ def _check_numbers(result: object) -> None:
         raise BackendError("engine_error", "the model computed numbers that are none (NaN)")
 
 
+def _failure(request_id: int, error: BaseException) -> wire.Error:
+    """Return what the daemon hears of a request that failed. To be called where it is caught."""
+    if isinstance(error, BackendError):
+        return wire.Error(
+            id=request_id,
+            code=error.code,
+            message=sayable(error.message),
+            tokens=error.tokens,
+        )
+    traceback.print_exc()
+    return wire.Error(id=request_id, code="engine_error", message=ascii(error))
+
+
 class Worker:
     """Turns messages into calls of one Backend instance."""
 
@@ -79,6 +94,7 @@ class Worker:
         self._slots = 0
         self._tasks: tuple[Task, ...] = ()
         self._running: dict[int, threading.Event] = {}
+        self._saving = False
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -87,14 +103,16 @@ class Worker:
             match message:
                 case wire.Load():
                     self._start(self._load, message)
-                case wire.Chat() | wire.Complete() | wire.Embed() | wire.Rerank() | wire.Classify():
-                    self._admit(message)
                 case wire.Cancel():
                     self._cancel(message.id)
+                case wire.SaveState():
+                    self._admit_save(message)
                 case wire.Ping():
                     self._channel.send(wire.Pong(id=message.id))
                 case wire.Shutdown():
                     return
+                case _:
+                    self._admit(message)
 
     def _start(self, target: Callable[[Any], None], message: wire.Message) -> None:
         # Every call into an engine is on a thread of its own, so that this one always reads on.
@@ -111,17 +129,65 @@ class Worker:
             traceback.print_exc()
             self._channel.send(wire.Error(code="load_failed", message=ascii(error)))
         else:
+            model = replace(model, restored=self._restore(message.spec))
             self._slots, self._tasks = model.slots, model.tasks
             self._channel.send(wire.Loaded(model=model))
 
+    def _restore(self, spec: LoadSpec) -> tuple[str, ...]:
+        """Restore the load's conversations. The model is there without them: nothing fails here."""
+        restore = getattr(self._backend, "restore_state", None)
+        if restore is None or not spec.conversations:
+            return ()
+        try:
+            return tuple(restore(spec.state_dir, spec.conversations))
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+            return ()
+
     def _admit(self, message: wire.Ask) -> None:
         with self._lock:
-            if len(self._running) >= self._slots:
-                text = f"all {self._slots} slots are taken"
-                self._channel.send(wire.Error(id=message.id, code="engine_error", message=text))
-                return
-            self._running[message.id] = threading.Event()
-        self._start(self._answer, message)
+            refusal = ""
+            if self._saving:
+                refusal = "the conversations are being saved"
+            elif len(self._running) >= self._slots:
+                refusal = f"all {self._slots} slots are taken"
+            else:
+                self._running[message.id] = threading.Event()
+        if refusal:
+            self._refuse(message.id, refusal)
+        else:
+            self._start(self._answer, message)
+
+    def _refuse(self, request_id: int, why: str) -> None:
+        self._channel.send(wire.Error(id=request_id, code="engine_error", message=why))
+
+    def _admit_save(self, message: wire.SaveState) -> None:
+        with self._lock:
+            refusal = ""
+            if not hasattr(self._backend, "save_state"):
+                refusal = "this backend can't save conversations"
+            elif not self._slots:
+                refusal = "no model is loaded"
+            elif self._running or self._saving:
+                refusal = "conversations can't be saved while requests or another save run"
+            else:
+                self._saving = True
+        if refusal:
+            self._refuse(message.id, refusal)
+        else:
+            self._start(self._save, message)
+
+    def _save(self, message: wire.SaveState) -> None:
+        answer: wire.Message
+        try:
+            backend: Any = self._backend
+            saved = backend.save_state(message.folder, message.limit_bytes)
+            answer = wire.StateSaved(id=message.id, conversations=tuple(saved))
+        except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
+            answer = _failure(message.id, error)
+        with self._lock:
+            self._saving = False
+        self._send_last(message.id, answer)
 
     def _cancel(self, request_id: int) -> None:
         with self._lock:
@@ -133,11 +199,8 @@ class Worker:
         try:
             result = self._result(message, self._running[message.id].is_set)
             answer = _RESULTS[type(message)](id=message.id, result=result)
-        except BackendError as error:
-            answer = wire.Error(id=message.id, code=error.code, message=sayable(error.message))
         except BaseException as error:  # noqa: BLE001  the daemon has to hear of it, whatever it is
-            traceback.print_exc()
-            answer = wire.Error(id=message.id, code="engine_error", message=ascii(error))
+            answer = _failure(message.id, error)
         # The slot is free before the daemon hears of it, or its next request would find none.
         with self._lock:
             del self._running[message.id]
@@ -152,6 +215,8 @@ class Worker:
             if task is Task.CHAT and Task.COMPLETE in self._tasks:
                 why = ": it has no chat template (`chat_template` of the model may bring one)"
             raise BackendError("invalid_request", f"this model can't do {task}, only {can}{why}")
+        if isinstance(message, wire.Count) and not hasattr(self._backend, "count"):
+            raise BackendError("invalid_request", "the engine of this model can't count tokens")
         method = getattr(self._backend, type(message).__name__.lower())
         working = method(message.request, cancelled)
         if not isinstance(working, Generator):

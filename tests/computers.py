@@ -55,6 +55,14 @@ class RecordedNvml:
     def nvmlDeviceGetCudaComputeCapability(self, gpu):
         return tuple(gpu["capability"])
 
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu):
+        if "processes" not in gpu:
+            raise NotSupported("Not Supported")
+        return [
+            SimpleNamespace(pid=int(pid), usedGpuMemory=used)
+            for pid, used in gpu["processes"].items()
+        ]
+
 
 def lay_out(root, name):
     """Write a computer's files below `root`."""

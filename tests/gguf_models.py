@@ -5,7 +5,7 @@ text encoder's come from packages that are installed for the tests, all others f
 of numbers. Knows no engine and caches nothing: a fixture of the caller does that.
 
 The names of keys and tensors are those that llama.cpp reads (its `gguf` package, and the loaders
-of its architectures `bert`, `llama` and `clip`).
+of its architectures `bert`, `llama`, `gemma3` and `clip`).
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ TINY_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+SLIDING_WINDOW = 32
+_GEMMA_LAYERS = 6
 _UNICODE = ("é", "🦙")  # what it says beyond ASCII, byte by byte
 _RESERVED = sum(len(character.encode()) - 1 for character in _UNICODE)
 
@@ -122,6 +124,40 @@ def tiny_llama(folder: Path, *, fim: bool = True) -> Path:
     writer.add_tensor("output_norm.weight", np.ones(TINY_WIDTH, np.float32))
     for layer in range(TINY_LAYERS):
         for name, weights in _tiny_layer(100 * (layer + 1)):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", weights)
+    return _write(writer)
+
+
+def tiny_gemma(folder: Path) -> Path:
+    """Write a random language model like `tiny_llama`, most of whose layers see a window only.
+
+    That is the last SLIDING_WINDOW tokens; every sixth layer sees them all, as in Gemma 3.
+    """
+    writer = _writer(folder / "tiny-gemma.gguf", "gemma3", "model")
+    writer.add_context_length(TINY_CONTEXT_LENGTH)
+    writer.add_embedding_length(TINY_WIDTH)
+    writer.add_block_count(_GEMMA_LAYERS)
+    writer.add_feed_forward_length(2 * TINY_WIDTH)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(TINY_WIDTH // 2)
+    writer.add_value_length(TINY_WIDTH // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_sliding_window(SLIDING_WINDOW)
+    _add_tiny_vocabulary(writer, fim=False)
+    embedding, output = _tiny_token_weights(FIM_PREFIX)
+    # it multiplies embeddings by the root of their length
+    writer.add_tensor("token_embd.weight", embedding / np.float32(TINY_WIDTH**0.5))
+    writer.add_tensor("output.weight", output)
+    writer.add_tensor("output_norm.weight", np.ones(TINY_WIDTH, np.float32))
+    for layer in range(_GEMMA_LAYERS):
+        tensors = dict(_tiny_layer(100 * (layer + 1)))
+        for name in ("post_attention_norm", "post_ffw_norm"):
+            tensors[name] = np.ones(TINY_WIDTH, np.float32)
+            tensors[name][-_RESERVED:] = 0
+        for name in ("attn_q_norm", "attn_k_norm"):
+            tensors[name] = np.full(TINY_WIDTH // 2, 2, np.float32)
+        for name, weights in tensors.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", weights)
     return _write(writer)
 

@@ -2,8 +2,12 @@
 
 It answers with the last user message, word by word. A message that begins with `!` is an order:
 `!words N` answers N words, `!slow N` the same with 20 ms a word, `!crash` ends the process,
-`!error` fails, `!stuck` ignores its cancellation for ever, `!call NAME` calls a tool, `!shape` tells
-what else the request had.
+`!error` fails, `!stuck` ignores its cancellation for ever, `!call NAME` calls a tool, `!think …`
+thinks first, `!fill` goes on until the context is full, `!shape` tells what else the request had.
+
+Its KV cache is the texts of its last conversations, one a slot: a chat that begins with one of them
+counts its words as cached. They are saved and restored as text, except by a model whose header asks
+it to `fail`, to `hang` or to have a `bug` (`test.save`, `test.restore`).
 
 A completion repeats its prompt. A text's vector is its number of words, of characters, and 1; a
 document's score is the share of the query's words that it has; a label is `short` or `long`.
@@ -13,10 +17,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
-from backends import vectors
+from backends import conversations, vectors
 from backends.contract import (
     Artifact,
     BackendError,
@@ -25,6 +33,8 @@ from backends.contract import (
     Classes,
     ClassifyRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     Embeddings,
@@ -40,12 +50,15 @@ from backends.contract import (
     Probe,
     Progress,
     RerankRequest,
+    SavedConversation,
     Scores,
     Task,
     TokenLogprob,
     ToolCall,
     Usage,
 )
+from backends.room import check_room
+from backends.text import StopScanner
 
 TASKS = tuple(task for task in Task if task is not Task.INFILL)
 
@@ -67,10 +80,14 @@ class ReferenceBackend:
 
     @classmethod
     def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
+        slots = options.slots or cls.slots
+        parts = {
+            "weights": artifact.weights_bytes,
+            "kv_cache": slots * int(artifact.metadata.get("test.slot_bytes", 0)),
+            "runtime": 20_000_000,
+        }
         return MemoryEstimate(
-            context_length=options.context_length or 1024,
-            slots=options.slots or cls.slots,
-            parts={"weights": artifact.weights_bytes, "runtime": 20_000_000},
+            context_length=options.context_length or 1024, slots=slots, parts=parts
         )
 
     def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
@@ -87,6 +104,10 @@ class ReferenceBackend:
                 progress(step / 10)
                 time.sleep(float(order.split()[1]) / 10)
         progress(1.0)
+        self.slot_count, self.header = spec.slots, spec.artifact.metadata
+        self.context_length = spec.context_length
+        self.held: list[list[str]] = []  # the words of conversations, the last used first
+        self.changing = threading.Lock()
         return LoadedModel(
             tasks=TASKS,
             slots=spec.slots,
@@ -95,17 +116,25 @@ class ReferenceBackend:
         )
 
     def chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
+        said = [word for message in request.messages for word in str(message["content"]).split()]
+        known = [each for each in self.held if each == said[: len(each)]]
+        cached = max(map(len, known), default=0)
+        usage = partial(Usage, prompt_tokens=len(said), cached_tokens=cached)
         content = request.messages[-1]["content"]
         order, _, argument = content.partition(" ")
         if order == "!error":
             raise BackendError("invalid_request", "this request was made to fail")
         if order == "!stuck":
             time.sleep(3600)
+        if order == "!think":
+            for thought in ("Let me ", "see."):
+                yield Delta(reasoning=thought)
+            content = argument
         if order == "!call":
             yield Delta(tool_calls=(ToolCall(index=0, id="call_1", name=argument),))
             for piece in ('{"city": ', '"Paris"}'):
                 yield Delta(tool_calls=(ToolCall(index=0, arguments=piece),))
-            return Done(finish_reason="tool_calls", usage=self._usage(request, 3))
+            return Done(finish_reason="tool_calls", usage=usage(completion_tokens=3))
         if order == "!shape":
             content = repr(
                 (
@@ -120,19 +149,43 @@ class ReferenceBackend:
         words = content.split()
         if order in ("!words", "!slow", "!crash"):
             words = [f"word{number}" for number in range(int(argument or 3))]
+        most = request.sampling.max_tokens
+        if order == "!fill":
+            check_room(len(said), request.sampling, self.context_length)
+            room = self.context_length - len(said)
+            most, words = min(room, most or room), ["word"] * (room + 1)
         sent = 0
-        for word in words[: request.sampling.max_tokens]:
+        scanner = StopScanner(request.sampling.stop)
+        for word in words[:most]:
             if cancelled():
-                return Done(finish_reason="cancelled", usage=self._usage(request, sent))
+                return Done(finish_reason="cancelled", usage=usage(completion_tokens=sent))
             text = word if sent == 0 else f" {word}"
-            yield Delta(content=text, logprobs=logprobs(text, request.sampling.logprobs))
             sent += 1
+            if request.sampling.stop:
+                text = scanner.feed(text.encode())
+            if text:
+                yield Delta(content=text, logprobs=logprobs(text, request.sampling.logprobs))
+            if scanner.stopped:
+                break
             if order == "!slow":
                 time.sleep(0.02)
         if order == "!crash":
             os.kill(os.getpid(), signal.SIGKILL)
-        whole = sent == len(words)
-        return Done(finish_reason="stop" if whole else "length", usage=self._usage(request, sent))
+        with self.changing:
+            rest = [each for each in self.held if each not in known]
+            self.held = [said + words[:sent], *rest][: self.slot_count]
+        if text := scanner.flush():
+            yield Delta(content=text)
+        whole = scanner.stopped or sent == len(words)
+        return Done(
+            finish_reason="stop" if whole else "length",
+            usage=usage(completion_tokens=sent),
+            stopped_by=scanner.stopped_by,
+        )
+
+    def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
+        said = [str(message["content"]).split() for message in request.chat.messages]
+        return Count(tokens=sum(map(len, said)))
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         yield Delta(
@@ -163,13 +216,38 @@ class ReferenceBackend:
         shares = [min(len(text), 100) / 100 for text in request.inputs]
         return Classes(labels=tuple({"short": 1 - share, "long": share} for share in shares))
 
-    @staticmethod
-    def _usage(request: ChatRequest, sent: int) -> Usage:
-        prompt = sum(len(str(message["content"]).split()) for message in request.messages)
-        return Usage(prompt_tokens=prompt, completion_tokens=sent)
+    def save_state(self, folder: str, limit_bytes: int) -> tuple[SavedConversation, ...]:
+        self._obey("test.save")
+        held = [
+            conversations.Held(tokens=len(words), write=partial(write, words))
+            for words in self.held
+        ]
+        return conversations.save(folder, limit_bytes, held)
+
+    def restore_state(self, folder: str, wanted: Sequence[SavedConversation]) -> tuple[str, ...]:
+        self._obey("test.restore")
+
+        def read(slot: int, path: Path) -> None:
+            self.held.append(path.read_text(encoding="utf-8").split())
+
+        return conversations.restore(folder, wanted, self.slot_count, read)
+
+    def _obey(self, key: str) -> None:
+        order = self.header.get(key)
+        if order == "fail":
+            raise BackendError("engine_error", "this model was made to fail")
+        if order == "hang":
+            print("it hangs", flush=True)
+            time.sleep(3600)
+        if order == "bug":
+            raise KeyError("a bug of a backend")
 
     def close(self) -> None:
         pass
+
+
+def write(words: list[str], path: Path) -> None:
+    path.write_text(" ".join(words), encoding="utf-8")
 
 
 def logprobs(text: str, alternatives: int | None) -> tuple[TokenLogprob, ...]:

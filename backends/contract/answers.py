@@ -64,11 +64,17 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """How a generation ended: `stop`, `length`, `tool_calls` or `cancelled`, and what it cost."""
+    """How a generation ended: `stop`, `length`, `tool_calls` or `cancelled`, and what it cost.
+
+    `stopped_by` is the stop sequence that ended it; empty if none did, or the engine does not tell.
+    `notice` says, for a person, what was not as it was asked for.
+    """
 
     finish_reason: str
     usage: Usage = Usage()
     timings: Timings = Timings()
+    stopped_by: str = ""
+    notice: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,4 +102,11 @@ class Classes:
     usage: Usage = Usage()
 
 
-Answer = Delta | Done | Embeddings | Scores | Classes
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """How many tokens the prompt of a chat has: what `Usage.prompt_tokens` of its answer is."""
+
+    tokens: int
+
+
+Answer = Delta | Done | Embeddings | Scores | Classes | Count

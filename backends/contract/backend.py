@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
-from backends.contract.answers import Classes, Delta, Done, Embeddings, Scores
+from backends.contract.answers import Classes, Count, Delta, Done, Embeddings, Scores
 from backends.contract.machine import Hardware, Probe
 from backends.contract.model import (
     Artifact,
@@ -14,12 +14,14 @@ from backends.contract.model import (
     LoadOptions,
     LoadSpec,
     MemoryEstimate,
+    SavedConversation,
 )
 from backends.contract.options import Option
 from backends.contract.requests import (
     ChatRequest,
     ClassifyRequest,
     CompleteRequest,
+    CountRequest,
     EmbedRequest,
     RerankRequest,
 )
@@ -88,6 +90,18 @@ class Chats(Backend, Protocol):
         ...
 
 
+class Counts(Backend, Protocol):
+    """A backend for Task.CHAT that can tell how long a prompt is without reading it."""
+
+    def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
+        """Return the tokens of the chat's prompt, as its own template and tokenizer make them.
+
+        The prompt may be longer than the context. Raises BackendError for what `Chats.chat` would
+        refuse, and "context_length_exceeded" for a prompt that is too long to be tokenized.
+        """
+        ...
+
+
 class Completes(Backend, Protocol):
     """A backend for Task.COMPLETE, and for Task.INFILL if a suffix may be given."""
 
@@ -120,4 +134,32 @@ class Classifies(Backend, Protocol):
 
     def classify(self, request: ClassifyRequest, cancelled: Cancelled) -> Classes:
         """Return the labels of each input, under the same rules as `Embeds.embed`."""
+        ...
+
+
+class Resumes(Backend, Protocol):
+    """A backend whose conversations outlive an unload: their KV state is saved and restored.
+
+    It may have these for any model, and saves nothing of those it can't.
+    """
+
+    def save_state(self, folder: str, limit_bytes: int) -> tuple[SavedConversation, ...]:
+        """Write each conversation that is in the KV cache into a new file of its own in `folder`.
+
+        The longest come first, as long as all files together have at most `limit_bytes`. A file has
+        mode 0600 and its name once it is whole; the folder is made if it is missing. What can't be
+        saved is left out. Called when no request runs, and none is started before it returns.
+        Raises BackendError if there is something to save and nothing could be.
+        """
+        ...
+
+    def restore_state(
+        self, folder: str, conversations: Sequence[SavedConversation]
+    ) -> tuple[str, ...]:
+        """Go on from `conversations`, the most wanted first, as many as there are slots.
+
+        Called once, right after `load`. A file that is missing, changed (size, SHA-256), or that
+        the engine refuses is left out, never an error; the next one has its slot then. Returns the
+        names of those restored.
+        """
         ...

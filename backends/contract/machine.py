@@ -11,7 +11,8 @@ class Gpu:
 
     `id` tells it from the others: NVIDIA's UUID or the PCI address. `vendor` is `nvidia`, `amd`,
     `intel` or `apple`. An `integrated` GPU uses the computer's RAM: its memory comes off that.
-    `free_bytes` is what was free when it was looked at. `sources` says where a field came from.
+    `free_bytes` is what was free when it was looked at, and `processes` the bytes that each process
+    had, by its id, where the driver tells that. `sources` says where a field came from.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Gpu:
     total_bytes: int | None = None
     free_bytes: int | None = None
     compute_capability: str = ""
+    processes: dict[int, int] = field(default_factory=dict, hash=False)
     sources: dict[str, str] = field(default_factory=dict, hash=False)
 
 

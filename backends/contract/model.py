@@ -109,8 +109,9 @@ class Placement:
 class MemoryEstimate:
     """What a load will need, and the settings that this holds for.
 
-    `parts` are bytes of RAM by purpose: `weights`, `kv_cache`, `compute`, `runtime`. `gpu_parts`
-    are bytes of each GPU's own memory, by `Gpu.id` and purpose.
+    `parts` are bytes of RAM by purpose: `weights`, `kv_cache`, `compute`, `runtime`, and those of
+    files beside the model's own: `adapters`, `mmproj`. `gpu_parts` are bytes of each GPU's own
+    memory, by `Gpu.id` and purpose.
     """
 
     context_length: int
@@ -140,10 +141,25 @@ class Upstream:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedConversation:
+    """The KV state of one conversation on disk: a file `name` in the folder it was saved to.
+
+    `tokens` is how many of them need not be read again. Whoever keeps the file sees to it that only
+    the same engine, of the same version, gets it back, with the same model and adapters.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSpec:
     """Everything that `Backend.load` needs. `scratch_dir` is private to the worker (mode 0700).
 
-    `upstream` is there for models that run elsewhere.
+    `upstream` is there for models that run elsewhere. `conversations` are to be restored from the
+    folder `state_dir` after the load, the most wanted first; there need be neither.
     """
 
     artifact: Artifact
@@ -154,13 +170,19 @@ class LoadSpec:
     placement: Placement = Placement()
     engine: dict[str, Any] = field(default_factory=dict, hash=False)
     upstream: Upstream | None = None
+    state_dir: str = ""
+    conversations: tuple[SavedConversation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """What was loaded: its tasks, and how many calls it takes at once."""
+    """What was loaded: its tasks, and how many calls it takes at once.
+
+    `restored` are the names of the saved conversations that it goes on from: the worker fills it.
+    """
 
     tasks: tuple[Task, ...]
     slots: int
     context_length: int
     engine_version: str
+    restored: tuple[str, ...] = ()

@@ -13,7 +13,9 @@ class Sampling:
     """How tokens are chosen and when generation ends; None is the engine's default.
 
     Names and meanings are those of the OpenAI API and of llama.cpp: `temperature` 0 is greedy.
-    `max_tokens` None runs to the end of the context. `ignore_eos` goes on past end-of-sequence.
+    `max_tokens` None runs to the end of the context. `whole`: a prompt that does not leave room for
+    so many is refused as one that is too long is, and the error's `tokens` are those of both.
+    `ignore_eos` goes on past end-of-sequence.
 
     `logprobs` asks for the log-probability of every token of the answer, and of so many
     alternatives to it; some engines tell one for a whole character that is spread over tokens.
@@ -22,6 +24,7 @@ class Sampling:
     """
 
     max_tokens: int | None = None
+    whole: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -97,7 +100,16 @@ class ClassifyRequest:
     truncate: bool = False
 
 
-Request = ChatRequest | CompleteRequest | EmbedRequest | RerankRequest | ClassifyRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountRequest:
+    """A chat whose prompt is to be counted, not answered."""
+
+    chat: ChatRequest
+
+
+Request = (
+    ChatRequest | CompleteRequest | EmbedRequest | RerankRequest | ClassifyRequest | CountRequest
+)
 
 
 def needed_task(request: Request) -> Task:
@@ -113,6 +125,8 @@ def needed_task(request: Request) -> Task:
             return Task.RERANK
         case ClassifyRequest():
             return Task.CLASSIFY
+        case CountRequest():
+            return needed_task(request.chat)
 
 
 def _has_image(request: ChatRequest) -> bool:

@@ -20,6 +20,8 @@ from backends.contract import (
     Cancelled,
     ChatRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     Embeddings,
@@ -43,6 +45,7 @@ from backends.contract import (
 from backends.ctransformers import memory
 from backends.ctransformers.model import Model, build
 from backends.ctransformers.templates import ChatTemplate
+from backends.room import check_room, context_exceeded
 from backends.text import StopScanner
 
 _DISTRIBUTION = "ctransformers"
@@ -162,6 +165,13 @@ class CTransformers:
 
     def chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         """See Chats.chat."""
+        return (yield from self._generate(self._rendered(request), request.sampling, cancelled))
+
+    def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
+        """See Counts.count."""
+        return Count(tokens=len(self._tokens(self._rendered(request.chat))))
+
+    def _rendered(self, request: ChatRequest) -> str:
         if self._template is None:
             raise BackendError(
                 "invalid_request",
@@ -174,8 +184,7 @@ class CTransformers:
                 "ctransformers, which runs this GGML model, does not know tools: leave them out",
             )
         gguf.refuse_hopeless(request, self._loaded().context_length)
-        text = self._template.render(request.messages)
-        return (yield from self._generate(text, request.sampling, cancelled))
+        return self._template.render(request.messages)
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""
@@ -206,7 +215,7 @@ class CTransformers:
         gguf.refuse_hopeless(CompleteRequest(prompt=text), limit)
         tokens = self._tokens(text)
         if len(tokens) > limit:
-            raise gguf.context_exceeded(len(tokens), limit)
+            raise context_exceeded(len(tokens), limit)
         return tokens
 
     def _tokens(self, text: str) -> list[int]:
@@ -226,8 +235,7 @@ class CTransformers:
         model = self._loaded()
         _refuse_unknown(sampling)
         prompt = self._tokens(text)
-        if len(prompt) >= model.context_length:
-            raise gguf.context_exceeded(len(prompt), model.context_length)
+        check_room(len(prompt), sampling, model.context_length)
         started = time.monotonic()
         cached = model.read(prompt, cancelled)
         if cached is None:
@@ -261,4 +269,5 @@ class CTransformers:
             timings=Timings(
                 prompt_ms=(read - started) * 1e3, predicted_ms=(time.monotonic() - read) * 1e3
             ),
+            stopped_by=scanner.stopped_by,
         )

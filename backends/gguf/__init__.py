@@ -1,20 +1,20 @@
 """What both GGUF backends need to know of a GGUF file: facts, settings, memory. Pure."""
 
+from backends.gguf.cache import kv_bytes_per_token, window_length
 from backends.gguf.header import (
     CACHE_TYPES,
     infill_tokens,
-    kv_bytes_per_token,
     pools,
     tasks,
 )
-from backends.gguf.memory import estimate
+from backends.gguf.memory import Footprint, estimate, repacked_types
+from backends.gguf.sequences import refitted
 from backends.gguf.settings import (
     MAX_BATCH,
     MAX_CHARS_PER_TOKEN,
     OPTIONS,
     batch_size,
     check,
-    context_exceeded,
     prefill_batch,
     refuse_hopeless,
     settle_context_length,
@@ -26,16 +26,19 @@ __all__ = [
     "MAX_BATCH",
     "MAX_CHARS_PER_TOKEN",
     "OPTIONS",
+    "Footprint",
     "batch_size",
     "check",
-    "context_exceeded",
     "estimate",
     "infill_tokens",
     "kv_bytes_per_token",
     "pools",
     "prefill_batch",
+    "refitted",
     "refuse_hopeless",
+    "repacked_types",
     "settle_context_length",
     "settle_slots",
     "tasks",
+    "window_length",
 ]

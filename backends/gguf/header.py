@@ -6,9 +6,6 @@ docs/gguf.md). Headers are untrusted: a number that can't be one is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from backends.contract import Artifact, Task
 
 # Bytes of one element, from the block layouts in ggml (github.com/ggml-org/ggml, ggml-common.h).
@@ -28,12 +25,26 @@ _POOLING_RANK = 4
 MAX_LAYERS = 1024
 
 
-def layers(artifact: Artifact, key: str, default: int) -> list[int]:
-    """Return a header value for each layer; a header may give one number for all."""
-    value = artifact.metadata.get(f"{artifact.architecture}.{key}", default)
+def layer_count(artifact: Artifact) -> int:
+    """Return how many layers there are; a bounded number, whatever the header says."""
+    return min(number(artifact, "block_count", 0), MAX_LAYERS)
+
+
+def layers(
+    artifact: Artifact, key: str, default: int, *, otherwise: list[int] | None = None
+) -> list[int]:
+    """Return a header value for each layer; a header may give one number for all.
+
+    Without it in the header, it is `otherwise`, or `default` for all.
+    """
+    size = layer_count(artifact)
+    value = artifact.metadata.get(f"{artifact.architecture}.{key}")
+    if value is None and otherwise is not None:
+        return otherwise
     if isinstance(value, list):
-        return [count(v, default) for v in value]
-    return [count(value, default)] * min(number(artifact, "block_count", 0), MAX_LAYERS)
+        told = [count(v, default) for v in value[:size]]
+        return told + [default] * (size - len(told))
+    return [count(value, default)] * size
 
 
 def number(artifact: Artifact, key: str, default: int) -> int:
@@ -49,28 +60,18 @@ def count(value: object, default: int) -> int:
     return int(value) if isinstance(value, int | float) and value >= 0 else default
 
 
-def kv_bytes_by_layer(artifact: Artifact, engine: Mapping[str, Any] | None = None) -> list[int]:
-    """Return the bytes that one token takes in each layer's KV cache.
-
-    KV heads × (key length × bytes of a key's element + the same of values). `engine` holds the
-    options `cache_type_k` and `cache_type_v`. A model without causal attention keeps nothing.
-    """
+def head_lengths(artifact: Artifact, *, windowed: bool = False) -> tuple[int, int]:
+    """Return the elements of a head's key and of its value, in layers with a window or without."""
     heads = max(1, number(artifact, "attention.head_count", 1))
-    kv_heads = layers(artifact, "attention.head_count_kv", heads)
-    if artifact.metadata.get(f"{artifact.architecture}.attention.causal") is False:
-        return [0] * len(kv_heads)
-    engine = engine or {}
-    head_length = number(artifact, "embedding_length", 0) // heads
-    key = number(artifact, "attention.key_length", head_length)
-    value = number(artifact, "attention.value_length", head_length)
-    key_bytes = CACHE_TYPES[engine.get("cache_type_k", "f16")]
-    value_bytes = CACHE_TYPES[engine.get("cache_type_v", "f16")]
-    return [round(each * (key * key_bytes + value * value_bytes)) for each in kv_heads]
-
-
-def kv_bytes_per_token(artifact: Artifact, engine: Mapping[str, Any] | None = None) -> int:
-    """Return the bytes that one token takes in the KV cache, over all layers."""
-    return sum(kv_bytes_by_layer(artifact, engine))
+    length = number(artifact, "embedding_length", 0) // heads
+    key = number(artifact, "attention.key_length", length)
+    value = number(artifact, "attention.value_length", length)
+    if not windowed:
+        return key, value
+    return (
+        number(artifact, "attention.key_length_swa", key),
+        number(artifact, "attention.value_length_swa", value),
+    )
 
 
 def pools(artifact: Artifact) -> bool:

@@ -18,7 +18,8 @@ from backends.contract import (
     Option,
     check_options,
 )
-from backends.gguf.header import CACHE_TYPES, kv_bytes_per_token, pools
+from backends.gguf.cache import cache
+from backends.gguf.header import CACHE_TYPES, pools
 
 MIB = 1024 * 1024
 DEFAULT_CONTEXT_LENGTH = 4096
@@ -119,16 +120,8 @@ def refuse_hopeless(request: ChatRequest | CompleteRequest, context_length: int)
             "context_length_exceeded",
             f"the prompt has {size} characters, which cannot fit a context_length of "
             f"{context_length} tokens: shorten it or load the model with a larger context_length",
+            tokens=-(-size // MAX_CHARS_PER_TOKEN),
         )
-
-
-def context_exceeded(tokens: int, context_length: int) -> BackendError:
-    """Return the error for a prompt that does not fit."""
-    return BackendError(
-        "context_length_exceeded",
-        f"the prompt has {tokens} tokens, but the model was loaded with a context_length of "
-        f"{context_length}: shorten the prompt or load the model with a larger context_length",
-    )
 
 
 def settle_context_length(artifact: Artifact, options: LoadOptions) -> int:
@@ -146,5 +139,13 @@ def settle_slots(artifact: Artifact, options: LoadOptions, context_length: int) 
     if options.slots:
         return options.slots
     bound = max(512 * MIB, artifact.weights_bytes // 2)
-    slot_bytes = kv_bytes_per_token(artifact, options.engine) * context_length
+    one = cache(
+        artifact,
+        options.engine,
+        context_length=context_length,
+        slots=1,
+        batch=MAX_BATCH,
+        full_windows=True,
+    )
+    slot_bytes = sum(one.layers)
     return next((n for n in _DEFAULT_SLOTS if n * slot_bytes <= bound), 1)

@@ -12,16 +12,24 @@ import sys
 from pathlib import Path
 
 from backends.contract import Hardware
-from backends.hardware import cgroups, cpu, darwin, files, gpus, memory, nvidia
-from backends.hardware.memory import ROOT, available_bytes, pressure_percent, ram_bytes
+from backends.hardware import cgroups, cpu, darwin, files, gpus, memory, nvidia, processes
+from backends.hardware.memory import (
+    ROOT,
+    available_bytes,
+    pressure_percent,
+    ram_bytes,
+    stalled_us,
+)
 
 __all__ = [
     "ROOT",
     "available_bytes",
     "detect",
+    "gpu_bytes",
     "gpu_fingerprint",
     "pressure_percent",
     "ram_bytes",
+    "stalled_us",
 ]
 
 _DEADLINE_S = 1.5  # for what may hang; the rest are reads of small files
@@ -35,6 +43,11 @@ def _platform(root: Path, system: str) -> str:
 def gpu_fingerprint(root: Path = ROOT) -> str:
     """Return a text that is another one once a GPU or its driver has changed. Never raises."""
     return gpus.fingerprint(root)
+
+
+def gpu_bytes(pid: int, root: Path = ROOT) -> dict[str, int]:
+    """Return what a process has of GPUs' own memory, by `Gpu.id`, as far as the kernel tells."""
+    return processes.gpu_bytes(pid, root)
 
 
 def detect(

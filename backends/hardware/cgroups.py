@@ -10,6 +10,13 @@ from backends.hardware import files
 _DEPTH = 64
 
 
+def _hierarchy(root: Path, controller: str) -> Path:
+    """Return where v1 shows a controller: `cpu`, or with others, in any order: `cpu,cpuacct`."""
+    top = root / "sys/fs/cgroup"
+    found = (name for name in files.names(top) if controller in name.split(","))
+    return top / next(found, controller)
+
+
 def _groups(root: Path, controller: str) -> Iterator[tuple[bool, Path]]:
     """Yield the groups that may limit `controller`, innermost first, and whether each is v2.
 
@@ -22,9 +29,7 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[bool, Path]]:
         if unified:
             top = root / "sys/fs/cgroup"
         elif controller in controllers.split(","):
-            top = root / "sys/fs/cgroup" / controller
-            if not files.exists(top):
-                top = root / "sys/fs/cgroup" / controllers
+            top = _hierarchy(root, controller)
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", ".", "..")][:_DEPTH]
@@ -46,7 +51,9 @@ def memory_limit(root: Path) -> tuple[int, str] | None:
 def available_bytes(root: Path) -> int | None:
     """Return what the groups leave this process right now, or None without a limit.
 
-    Page cache that the kernel would give up first counts as free.
+    Page cache counts as free, as it does in /proc/meminfo's MemAvailable. The kernel gives up the
+    inactive part of it first; the active part has the weights that models have mapped, and whoever
+    counts those takes them off himself.
     """
     left = []
     for unified, group in _groups(root, "memory"):
@@ -55,9 +62,32 @@ def available_bytes(root: Path) -> int | None:
         if limit is None or usage is None:
             continue
         counters = files.fields(group / "memory.stat", " ")
-        cache = counters.get("total_inactive_file") or counters.get("inactive_file")
-        left.append(max(0, limit - max(0, usage - (files.integer(cache) or 0))))
+        cache = 0
+        for name in ("inactive_file", "active_file"):
+            count = counters.get(f"total_{name}") or counters.get(name)
+            cache += files.integer(count) or 0
+        left.append(max(0, limit - max(0, usage - cache)))
     return min(left, default=None)
+
+
+def stalled_us(root: Path) -> tuple[int, int] | None:
+    """Return what /proc/pressure/memory says, but of the innermost group that has it (v2)."""
+    for unified, group in _groups(root, "memory"):
+        if unified and (told := parse_stalls(files.text(group / "memory.pressure"))):
+            return told
+    return None
+
+
+def parse_stalls(text: str | None) -> tuple[int, int] | None:
+    """Return the microseconds that some, and that all tasks have waited for memory (PSI). Pure."""
+    totals = []
+    for kind in ("some", "full"):
+        line = next((each for each in (text or "").splitlines() if each.startswith(kind)), "")
+        total = files.integer(line.rpartition("total=")[2])
+        if total is None:
+            return None
+        totals.append(total)
+    return totals[0], totals[1]
 
 
 def _quota_of(*, unified: bool, group: Path) -> tuple[float, Path] | None:

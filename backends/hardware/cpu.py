@@ -12,6 +12,7 @@ from backends.hardware import cgroups, darwin, files
 
 _CPUINFO_BYTES = 4 * 1024 * 1024  # 1.5 KB a CPU
 _THREADS_OF_A_CORE = ("core_cpus_list", "thread_siblings_list")  # the new name and the old one
+_CORE_IDS = "/proc/cpuinfo physical id, core id"
 _FEATURES = {
     "avx": "avx",
     "avx2": "avx2",
@@ -84,8 +85,14 @@ def _core_of(root: Path, cpu: int, processor: dict[str, str]) -> tuple[str, str]
             return str(min(siblings)), "/sys/devices/system/cpu/*/topology"
     if "core id" in processor:
         core = f"{processor.get('physical id')}.{processor['core id']}"
-        return core, "/proc/cpuinfo physical id, core id"
+        return core, _CORE_IDS
     return None
+
+
+def _alike(cpus: list[dict[str, str]]) -> bool:
+    """Say whether several CPUs claim to be the same one: WSL 1 gives each the ids of the first."""
+    ids = {cpu.get("apicid") for cpu in cpus}
+    return len(cpus) > 1 and len(ids) == 1 and None not in ids
 
 
 def _cores(
@@ -95,7 +102,12 @@ def _cores(
     found = [_core_of(root, cpu, processors.get(cpu, {})) for cpu in cpus]
     known = [core for core in found if core]
     if found and len(known) == len(found):
-        return len({name for name, _ in known}), known[0][1]
+        source = known[0][1]
+        told = [processors.get(cpu, {}) for cpu in cpus]
+        if source != _CORE_IDS or not _alike(told):
+            return len({name for name, _ in known}), source
+        if cores := files.integer(told[0].get("cpu cores")):
+            return min(cores, len(cpus)), "/proc/cpuinfo cpu cores"
     return len(cpus), "one for each CPU: no topology is known"
 
 

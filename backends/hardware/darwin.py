@@ -13,7 +13,7 @@ _LIMIT_BYTES = 64 * 1024
 _MIB = 1024 * 1024
 # What Metal recommends at most (recommendedMaxWorkingSetSize) only Metal tells. As llama.cpp logs
 # it, it is two thirds up to here (10922.67 MiB of 16 GiB, 21845.34 of 32), then three quarters
-# (27648 MiB of 36 GiB, 49152 of 64).
+# (27648 MiB of 36 GiB, 49152 of 64). Newer systems recommend more (107.52 of 128 GiB).
 _LARGE_BYTES = 36 * 1024 * _MIB
 _FEATURES = {
     "hw.optional.neon": "neon",

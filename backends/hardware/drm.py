@@ -54,8 +54,12 @@ class _Card:
         return _VENDORS[self.vendor_id]
 
     @property
+    def directory(self) -> Path:
+        return self.root / "sys/class/drm" / self.name
+
+    @property
     def device(self) -> Path:
-        return self.root / "sys/class/drm" / self.name / "device"
+        return self.directory / "device"
 
     def number(self, name: str) -> int | None:
         return files.number(self.device / name)
@@ -125,8 +129,11 @@ def _pool(card: _Card, kind: str) -> tuple[int | None, int | None]:
     return total, None if total is None or used is None else max(0, total - used)
 
 
-def _amd(card: _Card, available_bytes: int) -> Gpu:
-    """Describe a GPU of amdgpu. An APU has its carve-out and what it may take of the RAM (GTT)."""
+def _amd(card: _Card, ram_bytes: int, available_bytes: int) -> Gpu:
+    """Describe a GPU of amdgpu. An APU has its carve-out and what it may take of the RAM (GTT).
+
+    GTT may be set to more than the RAM that the carve-out leaves.
+    """
     name, name_source = _name(card)
     integrated, integrated_source = _is_apu(card)
     total, free = _pool(card, "vram")
@@ -135,7 +142,7 @@ def _amd(card: _Card, available_bytes: int) -> Gpu:
         gtt, gtt_free = _pool(card, "gtt")
         if total is not None and gtt is not None:
             kinds.append("gtt")
-            total += gtt
+            total += min(gtt, ram_bytes)
             shared = None if gtt_free is None else min(gtt_free, available_bytes)
             free = None if free is None or shared is None else free + shared
     return Gpu(
@@ -156,26 +163,22 @@ def _amd(card: _Card, available_bytes: int) -> Gpu:
     )
 
 
-def _visible_bytes(card: _Card) -> int | None:
-    """Return the size of PCI BAR 2, through which the CPU sees an Intel card's memory."""
-    lines = (files.text(card.device / "resource") or "").splitlines()
-    ends = [files.integer(word, 16) for word in lines[2].split()[:2]] if len(lines) > 2 else []
-    if len(ends) != 2 or ends[0] is None or not ends[1]:
-        return None
-    return max(0, ends[1] - ends[0] + 1)
-
-
 def _intel(card: _Card, ram_bytes: int, available_bytes: int) -> Gpu:
-    """Describe a GPU of i915 or xe. These drivers don't say in /sys what is free."""
+    """Describe a GPU of i915 or xe. These drivers don't say in /sys what is free.
+
+    How much memory a card has only Intel's own build of i915 says. PCI BAR 2 is no measure of it:
+    it may show a part only (256 MiB of an 8 GB card), and its sizes are powers of two.
+    """
     name, name_source = _name(card)
     integrated = card.pci.endswith(_INTEL_INTEGRATED)
-    total, total_source = card.number("lmem_total_bytes"), card.source("lmem_total_bytes")
+    total = files.number(card.directory / "lmem_total_bytes")
+    total_source = f"/sys/class/drm/{card.name}/lmem_total_bytes"
     free, free_source = None, "not told by the driver"
     if integrated:
         total, total_source = ram_bytes, "the RAM"
         free, free_source = available_bytes, "the RAM that is available"
     elif total is None:
-        total, total_source = _visible_bytes(card), card.source("resource") + " BAR 2"
+        total_source = "not told by the driver"
     return Gpu(
         id=card.pci or card.name,
         vendor="intel",
@@ -199,7 +202,7 @@ def gpus(root: Path, *, ram_bytes: int, available_bytes: int) -> list[Gpu]:
     found = []
     for card in _cards(root):
         if card.vendor == "amd":
-            found.append(_amd(card, available_bytes))
+            found.append(_amd(card, ram_bytes, available_bytes))
         elif card.vendor == "intel":
             found.append(_intel(card, ram_bytes, available_bytes))
         else:

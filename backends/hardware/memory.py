@@ -62,6 +62,28 @@ def pressure_percent(root: Path = ROOT) -> float | None:
     return None
 
 
+def stalled_us(root: Path = ROOT) -> tuple[int, int] | None:
+    """Return the microseconds that some, and that all tasks have waited for memory since the start.
+
+    Those of this process's own cgroup where the kernel has them, else those of the computer; None
+    where it has neither.
+    """
+    own = cgroups.stalled_us(root)
+    return own or cgroups.parse_stalls(files.text(root / "proc/pressure/memory"))
+
+
+def _available(root: Path) -> int | None:
+    """Return the RAM that /proc/meminfo calls available.
+
+    Kernels before 3.14 and WSL 1 do not say it: there it is what is free and the page cache.
+    """
+    available = _meminfo(root, "MemAvailable")
+    free = _meminfo(root, "MemFree")
+    if available is not None or free is None:
+        return available
+    return free + sum(_meminfo(root, name) or 0 for name in ("Buffers", "Cached"))
+
+
 def ram_bytes(root: Path = ROOT) -> int:
     """Return the RAM that this process may ever use: physical, or its cgroups' limit if less.
 
@@ -74,7 +96,7 @@ def ram_bytes(root: Path = ROOT) -> int:
 
 def available_bytes(root: Path = ROOT) -> int:
     """Return the RAM that could be used right now without pushing anything out."""
-    available = _meminfo(root, "MemAvailable")
+    available = _available(root)
     if available is None:
         available = _told(lambda: psutil.virtual_memory().available)
     left = cgroups.available_bytes(root)

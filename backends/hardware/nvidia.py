@@ -65,10 +65,19 @@ def _gpu(nvml: Any, index: int, driver: str) -> Gpu:
         total_bytes=_asked(lambda: int(memory.total)),
         free_bytes=_asked(lambda: int(memory.free)),
         compute_capability=_asked(lambda: "{}.{}".format(*capability)) or "",
+        processes=_processes(nvml, handle),
         sources=dict.fromkeys(
-            ("name", "driver", "total_bytes", "free_bytes", "compute_capability"), "NVML"
+            ("name", "driver", "total_bytes", "free_bytes", "compute_capability", "processes"),
+            "NVML",
         ),
     )
+
+
+def _processes(nvml: Any, handle: Any) -> dict[int, int]:
+    """Return the bytes of each process that computes; Windows and old drivers do not tell them."""
+    running = _asked(lambda: list(nvml.nvmlDeviceGetComputeRunningProcesses(handle))) or []
+    told = {process.pid: process.usedGpuMemory for process in running}
+    return {int(pid): int(size) for pid, size in told.items() if size is not None}
 
 
 def ask(open_nvml: Open) -> Answer:

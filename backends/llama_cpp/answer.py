@@ -32,6 +32,11 @@ class AnswerText:
         """Whether a stop sequence has appeared."""
         return self._scanner.stopped
 
+    @property
+    def stopped_by(self) -> str:
+        """The stop sequence that has appeared, if one has."""
+        return self._scanner.stopped_by
+
     def feed(self, piece: bytes, entry: TokenLogprob | None = None) -> Delta | None:
         """Take the next token; return what is now certain, or None if that is nothing."""
         if entry is not None:

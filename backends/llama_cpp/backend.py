@@ -6,7 +6,9 @@ Owns what each task asks of the engine, and what is refused before the engine se
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -17,6 +19,8 @@ from backends.contract import (
     Cancelled,
     ChatRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     Embeddings,
@@ -32,12 +36,14 @@ from backends.contract import (
     Probe,
     Progress,
     RerankRequest,
+    SavedConversation,
     Scores,
     Task,
     Usage,
 )
+from backends.llama_cpp import states
 from backends.llama_cpp.engine import Engine
-from backends.llama_cpp.model import Model
+from backends.llama_cpp.model import FOOTPRINT, Model
 from backends.llama_cpp.pooling import Pooler
 from backends.llama_cpp.slots import Prompt
 from backends.llama_cpp.templates import ChatTemplate
@@ -106,7 +112,7 @@ class LlamaCpp:
     def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
         """See Backend.estimate."""
         gguf.check(cls.name, options.engine)
-        return gguf.estimate(artifact, options, max_slots=cls.max_slots)
+        return gguf.estimate(artifact, options, FOOTPRINT, max_slots=cls.max_slots)
 
     def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
         """See Backend.load."""
@@ -163,16 +169,22 @@ class LlamaCpp:
         """See Chats.chat."""
         if forced := tools.must_call(request):
             return (yield from self._call(tools.insisting(request, forced), cancelled))
+        return (yield from self._chat(request, cancelled))
+
+    def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
+        _, engine = self._generating()
+        with self._prompt(request) as prompt:
+            return (yield from engine.generate(prompt, request.sampling, cancelled))
+
+    @contextmanager
+    def _prompt(self, request: ChatRequest) -> Iterator[Prompt]:
+        model, _ = self._generating()
         if request.tools and request.tool_choice == "auto":
             raise BackendError(
                 "invalid_request",
                 "llama_cpp can't tell a call of a tool from text: set tool_choice to `required` or "
                 "to a function, or load the model with the backend xllamacpp",
             )
-        return (yield from self._chat(request, cancelled))
-
-    def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
-        model, engine = self._generating()
         if self._template is None:
             raise BackendError("invalid_request", "this model has no chat template")
         gguf.refuse_hopeless(request, self._context_length)
@@ -182,9 +194,17 @@ class LlamaCpp:
             bos = model.vocabulary.special_text(model.vocabulary.bos)
             add_special = not (bos and text.startswith(bos))
             with model.vision.prompt(text, images, add_special=add_special) as prompt:
-                return (yield from engine.generate(prompt, request.sampling, cancelled))
-        prompt = Prompt((self._chat_tokens(model, text),))
-        return (yield from engine.generate(prompt, request.sampling, cancelled))
+                yield prompt
+        else:
+            yield Prompt((self._chat_tokens(model, text),))
+
+    def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
+        """See Counts.count."""
+        chat = request.chat
+        if forced := tools.must_call(chat):
+            chat = tools.insisting(chat, forced)
+        with self._prompt(chat) as prompt:
+            return Count(tokens=prompt.tokens)
 
     @staticmethod
     def _chat_tokens(model: Model, text: str) -> list[int]:
@@ -209,7 +229,7 @@ class LlamaCpp:
         if call is None:
             return done
         yield Delta(tool_calls=(call,))
-        return Done(finish_reason="tool_calls", usage=done.usage, timings=done.timings)
+        return replace(done, finish_reason="tool_calls")
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""
@@ -244,6 +264,22 @@ class LlamaCpp:
         ]
         found = pooler.pool(read, cancelled)
         return Scores(scores=tuple(score for (score,) in found), usage=_usage(read))
+
+    def save_state(self, folder: str, limit_bytes: int) -> tuple[SavedConversation, ...]:
+        """See Resumes.save_state. Models that pool keep nothing."""
+        model, engine = self._model, self._engine
+        if model is None or engine is None:
+            return ()
+        return engine.call(lambda slots: states.save(model, slots, folder, limit_bytes))
+
+    def restore_state(
+        self, folder: str, conversations: Sequence[SavedConversation]
+    ) -> tuple[str, ...]:
+        """See Resumes.restore_state."""
+        model, engine = self._model, self._engine
+        if model is None or engine is None:
+            return ()
+        return engine.call(lambda slots: states.restore(model, slots, folder, conversations))
 
     def _generating(self) -> tuple[Model, Engine]:
         if self._model is None or self._engine is None:

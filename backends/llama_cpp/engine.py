@@ -12,9 +12,10 @@ import sys
 import threading
 import traceback
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, TypeVar
 
-from backends import gguf
 from backends.contract import (
     BackendError,
     Cancelled,
@@ -27,10 +28,13 @@ from backends.llama_cpp.job import Job, Result
 from backends.llama_cpp.model import Model
 from backends.llama_cpp.sampler import Candidates, Sampler, logprob
 from backends.llama_cpp.slots import Prompt, Share, Slot, choose, fill
+from backends.room import check_room
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -47,9 +51,9 @@ class Engine:
         self._candidates = Candidates(model.vocabulary.size)
         self._batch = self._engine.llama_batch_init(model.batch_tokens, 0, 1)
         self._jobs: dict[int, Job] = {}  # by sequence, the longest running first
-        self._uses = 0
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
+        self._calls: deque[tuple[Callable[[], None], Callable[[BackendError], None]]] = deque()
         self._ended: BackendError | None = None
         self._thread = threading.Thread(target=self._run, name="llama_cpp", daemon=True)
         self._thread.start()
@@ -59,8 +63,7 @@ class Engine:
 
         Ends within one batch of `cancelled()`, also if the caller stops taking deltas.
         """
-        if prompt.tokens >= self._context_length:
-            raise gguf.context_exceeded(prompt.tokens, self._context_length)
+        check_room(prompt.tokens, sampling, self._context_length)
         sampler = Sampler(self._model.vocabulary, sampling)
         job = Job(prompt, sampling, sampler, cancelled)
         result: Result | None = None
@@ -85,6 +88,28 @@ class Engine:
             else:
                 self._waiting.append(job)
                 self._changed.notify()
+
+    def call(self, work: Callable[[list[Slot]], T]) -> T:
+        """Have the engine's thread do `work` on the slots, while no job runs, and wait for it.
+
+        Returns what it returns and raises what it raises; BackendError once the engine has ended.
+        """
+        future: Future[T] = Future()
+
+        def done_now() -> None:
+            try:
+                result = work(self._slots)
+            except BaseException as error:  # noqa: BLE001  raised again on the caller's thread
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._changed:
+            if self._ended is not None:
+                raise self._ended
+            self._calls.append((done_now, future.set_exception))
+            self._changed.notify()
+        return future.result()
 
     def close(self) -> None:
         """End all jobs and the thread. May be called twice."""
@@ -116,17 +141,27 @@ class Engine:
             for job in (*self._jobs.values(), *self._waiting):
                 job.results.put(self._ended)
             self._waiting.clear()
+            for _, fail in self._calls:
+                fail(self._ended)
         self._jobs.clear()
 
     def _has_work(self) -> bool:
-        """Wait until there is some and give it to free slots; False once the engine is to end."""
+        """Wait until there is some and give it to free slots; False once the engine is to end.
+
+        A call waits for the jobs that run, and jobs that wait for the call.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._jobs or self._ended)
+            self._changed.wait_for(
+                lambda: self._waiting or self._jobs or self._calls or self._ended
+            )
             if self._ended is not None:
                 return False
-            while self._waiting and len(self._jobs) < len(self._slots):
+            while self._waiting and len(self._jobs) < len(self._slots) and not self._calls:
                 self._admit(self._waiting[0])
                 self._waiting.popleft()
+            call = self._calls.popleft()[0] if self._calls and not self._jobs else None
+        if call is not None:
+            call()
         return True
 
     def _admit(self, job: Job) -> None:
@@ -134,8 +169,7 @@ class Engine:
         slot, cached = choose(free, job.prompt)
         cached = self._cut(slot, cached)
         slot.begin(job.prompt, cached)
-        self._uses += 1
-        slot.last_used = self._uses
+        slot.last_used = 1 + max(each.last_used for each in self._slots)
         job.begin(cached)
         last = job.prompt.parts[-1]
         assert isinstance(last, list)
@@ -148,10 +182,24 @@ class Engine:
         A recurrent model has one state for all of its past, of which no part can be removed.
         """
         engine, memory = self._engine, self._model.memory
-        if engine.llama_memory_seq_rm(memory, slot.sequence, length, -1):
+        if not self._has_moved_on(slot, length) and engine.llama_memory_seq_rm(
+            memory, slot.sequence, length, -1
+        ):
             return length
         engine.llama_memory_seq_rm(memory, slot.sequence, -1, -1)
         return 0
+
+    def _has_moved_on(self, slot: Slot, length: int) -> bool:
+        """Say whether a sliding window no longer holds all that the token after `length` looks at.
+
+        That is itself and what is less than the window before it. The engine does not say so: it
+        would compute without what is missing.
+        """
+        window = self._model.window
+        if not window or length >= slot.position:
+            return False
+        first = self._engine.llama_memory_seq_pos_min(self._model.memory, slot.sequence)
+        return bool(first > max(0, length - window + 1))
 
     def _drop_unwanted(self) -> None:
         for sequence, job in list(self._jobs.items()):

@@ -76,4 +76,5 @@ class Job:
             timings=Timings(
                 prompt_ms=(read_s - self._started_s) * 1e3, predicted_ms=(now_s - read_s) * 1e3
             ),
+            stopped_by=self.text.stopped_by,
         )

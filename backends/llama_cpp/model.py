@@ -6,6 +6,7 @@ Owns the engine's memory and the parameters of a load. Knows no requests.
 from __future__ import annotations
 
 import ctypes
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,27 @@ _CACHE_TYPES = {
     "iq4_nl": 20,
     "bf16": 30,
 }
+_MIB = 1024 * 1024
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 # How many texts a batch of an embedding model may hold: each is a sequence of its own.
 MAX_TEXTS = 32
 # The most tokens that one image takes in models that need a whole image in one batch.
 _IMAGE_TOKENS = 1024
+# Measured on SmolLM2-135M and on models of other widths and vocabularies.
+FOOTPRINT = gguf.Footprint(
+    runtime_bytes=32 * _MIB,
+    string_bytes=24,
+    hole_bytes=2 * _MIB,
+    cell_bytes=420,
+    slot_bytes=_MIB // 4,
+    candidates=0,
+    full_windows=True,
+    checkpoints=0,
+    pools_together=True,
+    image_batch=_IMAGE_TOKENS,
+    repacked_types=gguf.repacked_types(platform.machine()),
+)
 
 
 class Model:
@@ -52,6 +68,8 @@ class Model:
         self.context: Any = None
         self.vision: Vision | None = None
         self.pools = gguf.pools(spec.artifact)
+        self.context_length = spec.context_length
+        self.scratch_dir = spec.scratch_dir
         self.batch_tokens = gguf.batch_size(
             spec.artifact, spec.threads, spec.context_length, spec.slots
         )
@@ -63,6 +81,8 @@ class Model:
             raise
         self.vocabulary = Vocabulary(self.pointer)
         self.memory = self.engine.llama_get_memory(self.context)
+        # How many tokens back most layers look; 0: all.
+        self.window: int = self.engine.llama_model_n_swa(self.pointer)
 
     def _open(
         self, spec: LoadSpec, options: dict[str, Any], progress: Progress, errors: list[str]
@@ -108,6 +128,9 @@ class Model:
                 params.n_batch = params.n_ubatch = max(self.batch_tokens, _IMAGE_TOKENS)
         params.type_k = _CACHE_TYPES[options.get("cache_type_k", "f16")]
         params.type_v = _CACHE_TYPES[options.get("cache_type_v", "f16")]
+        # Layers with a sliding window keep what has left it, so that a prompt can part from what is
+        # held anywhere. It is booked like that.
+        params.swa_full = True
         params.flash_attn_type = _FLASH_ATTENTION[options.get("flash_attention", "auto")]
         return params
 

@@ -100,6 +100,18 @@ class Slot:
         self.used += image.tokens
         return image, position
 
+    @property
+    def saveable(self) -> bool:
+        """Whether there is something in it, and nothing but known text."""
+        return self._known and bool(self.tokens)
+
+    def resume(self, tokens: list[int], last_used: int) -> None:
+        """Hold `tokens`, which are in the KV cache already."""
+        self.clear()
+        self.tokens = tokens
+        self.position = self.used = len(tokens)
+        self.last_used = last_used
+
     def clear(self) -> None:
         """Hold nothing."""
         self.tokens = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from backends import gguf
 from backends.contract import BackendError
 from backends.llama_cpp.model import Model
+from backends.room import context_exceeded
 
 _RERANK_TEMPLATE = b"rerank"
 
@@ -54,5 +55,5 @@ class Texts:
     ) -> list[int]:
         room = self._limit - len(head) - len(tail)
         if len(body) > room and (not truncate or room < 1):
-            raise gguf.context_exceeded(len(head) + len(body) + len(tail), self._limit)
+            raise context_exceeded(len(head) + len(body) + len(tail), self._limit)
         return head + body[:room] + tail

@@ -19,6 +19,8 @@ from backends.contract import (
     Classes,
     ClassifyRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Embeddings,
     EmbedRequest,
     Fit,
@@ -227,6 +229,11 @@ class Onnx:
         """See Chats.chat."""
         assert self._generator is not None
         return (yield from self._generator.chat(request, cancelled))
+
+    def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
+        """See Counts.count."""
+        assert self._generator is not None
+        return self._generator.count(request)
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""

@@ -18,6 +18,8 @@ from backends.contract import (
     Cancelled,
     ChatRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     Generation,
@@ -80,6 +82,14 @@ class Generator:
 
     def chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         """See Chats.chat."""
+        prompt = self._texts.prompt(self._rendered(request), request.sampling, special=False)
+        return (yield from self._generate(prompt, request.sampling, cancelled))
+
+    def count(self, request: CountRequest) -> Count:
+        """See Counts.count."""
+        return Count(tokens=len(self._texts.ids(self._rendered(request.chat), special=False)))
+
+    def _rendered(self, request: ChatRequest) -> str:
         if request.tools and request.tool_choice != "none":
             raise BackendError(
                 "invalid_request",
@@ -87,21 +97,20 @@ class Generator:
             )
         messages = [{**message, "content": _plain(message)} for message in request.messages]
         try:
-            rendered = self._tokenizer.apply_chat_template(
+            rendered: str = self._tokenizer.apply_chat_template(
                 messages=json.dumps(messages),
                 template_str=self._template,
                 add_generation_prompt=True,
             )
         except Exception as error:
             raise BackendError("invalid_request", f"the chat template refused: {error}") from error
-        prompt = self._texts.prompt(rendered, special=False)
-        return (yield from self._generate(prompt, request.sampling, cancelled))
+        return rendered
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""
         if request.suffix is not None:
             raise BackendError("invalid_request", "the onnx backend cannot fill in before a suffix")
-        prompt = self._texts.prompt(request.prompt, special=True)
+        prompt = self._texts.prompt(request.prompt, request.sampling, special=True)
         return (yield from self._generate(prompt, request.sampling, cancelled))
 
     def _generate(self, prompt: list[int], sampling: Sampling, cancelled: Cancelled) -> Generation:
@@ -136,6 +145,7 @@ class Generator:
             timings=Timings(
                 prompt_ms=(read - started) * 1e3, predicted_ms=(time.monotonic() - read) * 1e3
             ),
+            stopped_by=scanner.stopped_by,
         )
 
     def _prepared(self, sampling: Sampling, max_length: int) -> Any:

@@ -38,7 +38,9 @@ _FLOPS_PER_THREAD = 20e9
 # for an answer costs; onnxruntime-genai.
 _RUNTIME_BYTES = 29 * MIB
 _SLOT_BYTES = MIB // 4
-_GENAI_BYTES = 4 * MIB
+_GENAI_BYTES = 5 * MIB
+# Texts, their tokens and vectors, of requests for many at a time.
+_REQUESTS_BYTES = 5 * MIB
 # What a provider for a GPU takes of the RAM beside; not measured: no such computer was at hand.
 _GPU_RUNTIME_BYTES = 300 * MIB
 # A tokenizer in memory, in bytes for each byte of its tokenizer.json (8 MiB for 0.44 MiB).
@@ -46,7 +48,7 @@ _TOKENIZER_FACTOR = 18
 # Floats that are alive at a time while a layer is computed, measured on all-MiniLM-L6-v2: so many
 # for each token and unit of the feed-forward layer, and for each attention score.
 _LIVE_UNITS = 8
-_LIVE_SCORES = 4
+_LIVE_SCORES = 5
 
 # Execution providers, the preferred first: onnxruntime's name, ours, and the GPUs they compute on.
 _PROVIDERS = (
@@ -165,7 +167,7 @@ def estimate(artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
     }
     runtime = _RUNTIME_BYTES + slots * _SLOT_BYTES
     runtime += _TOKENIZER_FACTOR * fact(artifact, "tokenizer_bytes")
-    runtime += _GENAI_BYTES if generates(artifact) else 0
+    runtime += _GENAI_BYTES if generates(artifact) else _REQUESTS_BYTES
     gpu, reason = _gpu(options.gpus, str(engine.get("provider", "auto")), sum(model.values()))
     if gpu is None:
         return MemoryEstimate(

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from backends.contract import BackendError
+from backends.contract import BackendError, Sampling
+from backends.room import check_room
 
 MAX_CHARS_PER_TOKEN = 128  # of any real tokenizer; 64 were seen, for runs of spaces
 
@@ -79,8 +80,16 @@ class Texts:
             encoded = self._tokenizer.post_process(query, plain)
         return Text(encoded.ids, encoded.type_ids)
 
-    def prompt(self, text: str, *, special: bool) -> list[int]:
-        """Return the tokens of a prompt, which leave room for at least one more.
+    def prompt(self, text: str, sampling: Sampling, *, special: bool) -> list[int]:
+        """Return the tokens of a prompt, which leave room for its answer: see check_room."""
+        ids = self.ids(text, special=special)
+        check_room(len(ids), sampling, self._context_length)
+        if not ids:
+            raise BackendError("invalid_request", "the prompt is empty")
+        return ids
+
+    def ids(self, text: str, *, special: bool) -> list[int]:
+        """Return the tokens of a prompt, which may be longer than the context, but not hopelessly.
 
         `special` adds the tokens that the tokenizer puts around a text: chat templates do it too.
         """
@@ -89,17 +98,9 @@ class Texts:
                 "context_length_exceeded",
                 f"the prompt has {len(text)} characters, which cannot fit a context_length of "
                 f"{self._context_length} tokens: shorten it",
+                tokens=-(-len(text) // MAX_CHARS_PER_TOKEN),
             )
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
-        if len(ids) >= self._context_length:
-            raise BackendError(
-                "context_length_exceeded",
-                f"the prompt has {len(ids)} tokens, but the model was loaded with a "
-                f"context_length of {self._context_length}: shorten the prompt or load the model "
-                "with a larger context_length",
-            )
-        if not ids:
-            raise BackendError("invalid_request", "the prompt is empty")
         return ids
 
     def decoder(self) -> Callable[[int], str]:
@@ -121,6 +122,7 @@ class Texts:
                 "context_length_exceeded",
                 f"{what} has {len(text)} characters, which cannot fit a context_length of "
                 f"{self._context_length} tokens: shorten it, or ask for it to be cut (truncate)",
+                tokens=-(-len(text) // MAX_CHARS_PER_TOKEN),
             )
         return text[:most]
 
@@ -129,4 +131,5 @@ class Texts:
             "context_length_exceeded",
             f"{what} has {tokens} tokens, but the model was loaded with a context_length of "
             f"{self._context_length}: shorten it, or ask for it to be cut (truncate)",
+            tokens=tokens,
         )

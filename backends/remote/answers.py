@@ -115,6 +115,7 @@ class _Choice(msgspec.Struct):
     delta: _Message | None = None
     text: str | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None  # vLLM's: the stop sequence, or the id of a stop token
     logprobs: _Logprobs | None = None
 
     def to_delta(self) -> Delta:
@@ -155,7 +156,7 @@ class Reading:
 
     def __init__(self) -> None:
         self._usage = Usage()
-        self._finish_reason = ""
+        self._finish_reason = self._stopped_by = ""
         self._announced = False
         self._started = time.monotonic()
         self._first: float | None = None
@@ -173,6 +174,7 @@ class Reading:
         choice = read.choices[0]
         if choice.finish_reason:
             self._finish_reason = choice.finish_reason
+            self._stopped_by = choice.stop_reason if isinstance(choice.stop_reason, str) else ""
         delta = choice.to_delta()
         if delta == Delta():
             return None
@@ -202,6 +204,7 @@ class Reading:
             timings=Timings(
                 prompt_ms=(first - self._started) * 1e3, predicted_ms=(now - first) * 1e3
             ),
+            stopped_by=self._stopped_by,
         )
 
 

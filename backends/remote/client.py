@@ -250,7 +250,11 @@ class Client:
         if status is not None:
             message += f" (HTTP {status})"
         if code in _TOO_LONG or kind in _TOO_LONG:
-            return self._error(message, "context_length_exceeded")
+            refusal = self._error(message, "context_length_exceeded")
+            # llama.cpp's server tells how long the prompt is
+            tokens = error.get("n_prompt_tokens") if isinstance(error, dict) else None
+            refusal.tokens = tokens if isinstance(tokens, int) else None
+            return refusal
         if status in _REFUSED or (status is None and kind == "invalid_request_error"):
             return self._error(message, "invalid_request")
         return self._error(message, "queue_full" if status == 429 else "engine_error")

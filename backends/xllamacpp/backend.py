@@ -5,7 +5,8 @@ Owns what each task asks of the engine, and what is refused before the engine se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ from backends.contract import (
     Cancelled,
     ChatRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     Embeddings,
@@ -32,13 +35,16 @@ from backends.contract import (
     Progress,
     RerankRequest,
     Sampling,
+    SavedConversation,
     Scores,
     Usage,
 )
+from backends.room import check_room, context_exceeded
 from backends.xllamacpp import bodies
 from backends.xllamacpp.chunks import chunks
 from backends.xllamacpp.listener import Listener
-from backends.xllamacpp.parameters import parameters
+from backends.xllamacpp.parameters import FOOTPRINT, parameters
+from backends.xllamacpp.states import States
 
 _DISTRIBUTION = "xllamacpp"
 
@@ -55,6 +61,7 @@ class Xllamacpp:
     def __init__(self) -> None:
         self._server: Any = None
         self._listener = Listener()
+        self._states: States | None = None
         self._context_length = 0
         self._slots = 0
         self._infill_tokens: tuple[int, int, int] | None = None
@@ -97,7 +104,7 @@ class Xllamacpp:
     def estimate(cls, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
         """See Backend.estimate."""
         gguf.check(cls.name, options.engine)
-        return gguf.estimate(artifact, options, max_slots=cls.max_slots)
+        return gguf.estimate(artifact, options, FOOTPRINT, max_slots=cls.max_slots)
 
     def load(self, spec: LoadSpec, progress: Progress) -> LoadedModel:
         """See Backend.load."""
@@ -116,6 +123,7 @@ class Xllamacpp:
         self._slots = spec.slots
         self._infill_tokens = gguf.infill_tokens(spec.artifact)
         self._chat_template = spec.artifact.chat_template
+        self._states = States(self._listener, spec)
         return LoadedModel(
             tasks=gguf.tasks(spec.artifact),
             slots=spec.slots,
@@ -127,21 +135,33 @@ class Xllamacpp:
         """See Chats.chat."""
         if forced := tools.must_call(request):
             return (yield from self._call(tools.insisting(request, forced), cancelled))
+        return (yield from self._chat(request, cancelled))
+
+    def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
+        body = self._chat_body(request)
+        handle = self._server.handle_chat_completions
+        return (yield from self._generate(handle, body, request.sampling, cancelled))
+
+    def _chat_body(self, request: ChatRequest) -> dict[str, Any]:
         if request.tools and request.tool_choice == "auto" and "tools" not in self._chat_template:
             raise BackendError(
                 "invalid_request",
                 "the chat template of this model knows no tools, so it can't choose to call one: "
                 "set tool_choice to `required` or to a function",
             )
-        return (yield from self._chat(request, cancelled))
-
-    def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         gguf.refuse_hopeless(request, self._context_length)
         images.check(request.messages)
         body = bodies.chat_body(request)
         body["messages"] = list(tools.spelled_out(request.messages, self._chat_template))
-        handle = self._server.handle_chat_completions
-        return (yield from self._generate(handle, body, request.sampling, cancelled))
+        return body
+
+    def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
+        """See Counts.count."""
+        chat = request.chat
+        if forced := tools.must_call(chat):
+            chat = tools.insisting(chat, forced)
+        answer = self._listener.post("/v1/chat/completions/input_tokens", self._chat_body(chat))
+        return Count(tokens=answer["input_tokens"])
 
     def _call(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         """Answer with a call of a tool; with nothing if it was cut short."""
@@ -157,7 +177,7 @@ class Xllamacpp:
         if call is None:
             return done
         yield Delta(tool_calls=(call,))
-        return Done(finish_reason="tool_calls", usage=done.usage, timings=done.timings)
+        return replace(done, finish_reason="tool_calls")
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""
@@ -179,11 +199,14 @@ class Xllamacpp:
         prompt: those are the moments at which a cancelled request ends.
         """
         final: dict[str, Any] = {}
-        finish_reason = ""
+        finish_reason = stopped_by = ""
         for chunk in chunks(handle, body, cancelled):
             if "error" in chunk:
                 raise bodies.error(chunk["error"])
+            if tokens := bodies.prompt_tokens(chunk):
+                check_room(tokens, sampling, self._context_length)
             final = chunk if "usage" in chunk else final
+            stopped_by = bodies.stopping_word(chunk) or stopped_by
             for choice in chunk.get("choices", ()):
                 finish_reason = choice.get("finish_reason") or finish_reason
                 if (delta := bodies.delta(choice, sampling)) is not None:
@@ -192,7 +215,7 @@ class Xllamacpp:
             return Done(finish_reason="cancelled")
         if not finish_reason:
             raise BackendError("engine_error", "xllamacpp ended the answer without a reason")
-        return bodies.done(finish_reason, final)
+        return bodies.done(finish_reason, final, stopped_by)
 
     def embed(self, request: EmbedRequest, cancelled: Cancelled) -> Embeddings:
         """See Embeds.embed. As many texts go to the engine at once as it has slots."""
@@ -246,7 +269,7 @@ class Xllamacpp:
             if len(text.encode()) > room:  # else it fits: a token has at least one byte
                 tokens = self._tokens(text)
                 if len(tokens) > room and (not truncate or room < 1):
-                    raise gguf.context_exceeded(len(tokens) + used, self._context_length)
+                    raise context_exceeded(len(tokens) + used, self._context_length)
                 if len(tokens) > room:
                     text = self._cut(tokens, room)  # noqa: PLW2901  the text that is computed
             fitting.append(text)
@@ -266,9 +289,19 @@ class Xllamacpp:
         body = {"content": text, "add_special": special}
         return list(self._listener.post("/tokenize", body)["tokens"])
 
+    def save_state(self, folder: str, limit_bytes: int) -> tuple[SavedConversation, ...]:
+        """See Resumes.save_state."""
+        return self._states.save(folder, limit_bytes) if self._states else ()
+
+    def restore_state(
+        self, folder: str, conversations: Sequence[SavedConversation]
+    ) -> tuple[str, ...]:
+        """See Resumes.restore_state."""
+        return self._states.restore(folder, conversations) if self._states else ()
+
     def close(self) -> None:
         """See Backend.close."""
-        self._server = None
+        self._server = self._states = None
         self._listener.close()
 
 

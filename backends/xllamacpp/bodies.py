@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backends import gguf, grammars
+from backends import grammars
 from backends.contract import (
     BackendError,
     ChatRequest,
@@ -20,10 +20,12 @@ from backends.contract import (
     ToolCall,
     Usage,
 )
+from backends.room import context_exceeded
 
 # A request that does not stream can't be cancelled, and progress is what calls back in a prompt.
 _ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 _MAX_REPEATS = 10_000  # a million of them took 1.7 GB
+_IMPOSSIBLE = -9999.0  # a log-probability, as the OpenAI API has it
 _SAMPLING_FIELDS = (
     "max_tokens",
     "temperature",
@@ -47,7 +49,7 @@ def _sampling(sampling: Sampling) -> dict[str, Any]:
     if sampling.json_schema == {}:
         chosen["json_schema"] = {"type": "object"}
     if sampling.stop:
-        chosen["stop"] = list(sampling.stop)
+        chosen |= {"stop": list(sampling.stop), "verbose": True}  # or it does not tell which it was
     if sampling.ignore_eos:
         chosen["ignore_eos"] = True
     if sampling.grammar:
@@ -94,10 +96,15 @@ def complete_body(
     return body
 
 
+def _least(logprob: float | None) -> float:
+    """Return a log-probability; that of the impossible has no number in JSON."""
+    return _IMPOSSIBLE if logprob is None else max(logprob, _IMPOSSIBLE)
+
+
 def _logprob(entry: dict[str, Any], alternatives: int) -> TokenLogprob:
     return TokenLogprob(
         token=entry["token"],
-        logprob=entry["logprob"],
+        logprob=_least(entry["logprob"]),
         bytes=tuple(entry["bytes"]),
         top=tuple(_logprob(top, 0) for top in entry.get("top_logprobs", ())[:alternatives]),
     )
@@ -126,7 +133,12 @@ def delta(choice: dict[str, Any], sampling: Sampling) -> Delta | None:
     return None if found == Delta() else found
 
 
-def done(finish_reason: str, final: dict[str, Any]) -> Done:
+def stopping_word(chunk: dict[str, Any]) -> str:
+    """Return the stop sequence that ended the answer, from the chunk that has its end; or none."""
+    return str((chunk.get("__verbose") or {}).get("stopping_word", ""))
+
+
+def done(finish_reason: str, final: dict[str, Any], stopped_by: str = "") -> Done:
     """Return the end of a generation, from its last chunk."""
     timings = final.get("timings") or {}
     return Done(
@@ -135,7 +147,13 @@ def done(finish_reason: str, final: dict[str, Any]) -> Done:
         timings=Timings(
             prompt_ms=timings.get("prompt_ms", 0.0), predicted_ms=timings.get("predicted_ms", 0.0)
         ),
+        stopped_by=stopped_by,
     )
+
+
+def prompt_tokens(chunk: dict[str, Any]) -> int:
+    """Return how many tokens the prompt has, from a chunk that tells how far it is read; or 0."""
+    return int((chunk.get("prompt_progress") or {}).get("total", 0))
 
 
 def usage(answer: dict[str, Any]) -> Usage:
@@ -152,6 +170,6 @@ def usage(answer: dict[str, Any]) -> Usage:
 def error(said: dict[str, Any]) -> BackendError:
     """Translate the engine's error object."""
     if said.get("type") == "exceed_context_size_error":
-        return gguf.context_exceeded(said.get("n_prompt_tokens", 0), said.get("n_ctx", 0))
+        return context_exceeded(said.get("n_prompt_tokens", 0), said.get("n_ctx", 0))
     code = "invalid_request" if said.get("code") == 400 else "engine_error"
     return BackendError(code, str(said.get("message", "the engine gave no reason")))

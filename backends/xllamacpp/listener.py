@@ -37,19 +37,28 @@ class Listener:
         self.key = secrets.token_hex(32)
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the engine's answer. Raises BackendError: "invalid_request" where it is a 400."""
+        answer: dict[str, Any] = self._ask("POST", path, json.dumps(body).encode())
+        return answer
+
+    def get(self, path: str) -> Any:
         """Return the engine's answer. Raises BackendError("engine_error")."""
+        return self._ask("GET", path, None)
+
+    def _ask(self, method: str, path: str, body: bytes | None) -> Any:
         connection = _Connection(self.path)
         try:
             headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-            connection.request("POST", path, json.dumps(body).encode(), headers)
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
-            answer: dict[str, Any] = json.loads(response.read())
+            answer = json.loads(response.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise BackendError("engine_error", f"xllamacpp at {path}: {error}") from error
         finally:
             connection.close()
         if response.status != 200:
-            raise BackendError("engine_error", f"xllamacpp at {path}: {answer.get('error')}")
+            code = "invalid_request" if response.status == 400 else "engine_error"
+            raise BackendError(code, f"xllamacpp at {path}: {answer.get('error')}")
         return answer
 
     def close(self) -> None:

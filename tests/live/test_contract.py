@@ -29,6 +29,8 @@ from backends.contract import (
     ChatRequest,
     ClassifyRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     EmbedRequest,
@@ -36,10 +38,11 @@ from backends.contract import (
     LoadSpec,
     RerankRequest,
     Sampling,
+    SavedConversation,
     Task,
     Upstream,
 )
-from backends.registry import load_class
+from backends.registry import BUILTIN, load_class
 from daemon import errors
 from daemon.workers.worker import Worker
 
@@ -76,10 +79,14 @@ def upstream(case, tmp_path_factory):
     if not case.is_remote:
         yield None
         return
+    wanted = LoadOptions(context_length=case.context_length, slots=case.slots, threads=2)
+    need = load_class(BUILTIN["xllamacpp"]).estimate(artifact_of(sample(Path())), wanted)
     other = RunningDaemon(
         tmp_path_factory.mktemp("upstream"),
         MODELD_MODELS_CONTEXT_LENGTH=str(case.context_length),
         MODELD_MODELS_SLOTS=str(case.slots),
+        # or it would load the model anew with a longer context for a prompt that needs one
+        MODELD_MEMORY_LIMIT=str(need.total_bytes + 4 * 1024**2),
     )
     other.start()
     try:
@@ -163,7 +170,7 @@ PRELUDE = """
 import os, sys
 import msgspec
 from backends.contract import ChatRequest, CompleteRequest, LoadSpec
-from backends.registry import load_class
+from backends.registry import BUILTIN, load_class
 spec, chat, complete = msgspec.json.decode(
     sys.stdin.buffer.read(), type=tuple[LoadSpec, ChatRequest | None, CompleteRequest | None]
 )
@@ -274,6 +281,45 @@ async def test_a_stop_sequence_ends_the_answer_and_is_no_part_of_it(case, worker
     text, done = await answer(worker, asking(case, "Tell a story.", sampling))
     assert text == whole[: whole.index(stop)]
     assert done.finish_reason == "stop"
+    assert done.stopped_by == stop or case.is_remote  # which not every upstream tells
+    _, done = await answer(worker, asking(case, "Tell a story.", replace(GREEDY, stop=("\0",))))
+    assert done.stopped_by == ""
+
+
+@for_tasks(Task.CHAT)
+async def test_the_tokens_of_a_prompt_are_counted_as_its_answer_counts_them(case, worker):
+    if not hasattr(load_class(case.backend), "count"):
+        with pytest.raises(errors.InvalidRequest, match="can't count tokens"):
+            await result(worker, CountRequest(chat=asking(case, "Hello", GREEDY)))
+        return
+    conversation = ChatRequest(
+        messages=(
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Wo liegt Größenwahn? 日本語 🙂"},
+            {"role": "assistant", "content": "There."},
+            {"role": "user", "content": "And then? " * 20},
+        ),
+        sampling=replace(GREEDY, max_tokens=1),
+    )
+    for request in (asking(case, "Hello", replace(GREEDY, max_tokens=1)), conversation):
+        _, done = await answer(worker, request)
+        assert await result(worker, CountRequest(chat=request)) == Count(
+            tokens=done.usage.prompt_tokens
+        )
+    longer = asking(case, "word " * 2 * case.context_length, GREEDY)
+    count = await result(worker, CountRequest(chat=longer))
+    assert count.tokens >= 2 * case.context_length
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.build is sample], ids=str, indirect=True)
+async def test_a_call_that_is_required_is_counted_with_all_that_asks_for_it(case, worker):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    chat = asking(case, "What time is it?", replace(GREEDY, max_tokens=64, ignore_eos=False))
+    request = replace(chat, tools=(tool,), tool_choice="required")
+    _, done = await answer(worker, request)
+    assert done.finish_reason == "tool_calls"
+    count = await result(worker, CountRequest(chat=request))
+    assert count.tokens == done.usage.prompt_tokens
 
 
 @generating
@@ -375,6 +421,8 @@ async def test_a_prompt_that_does_not_fit_is_refused_with_its_number_of_tokens(c
     with pytest.raises(errors.ContextLengthExceeded) as refused:
         await answer(worker, request)
     assert tokens_in(refused.value.message) >= 2 * case.context_length
+    assert refused.value.tokens in (tokens_in(refused.value.message), None)
+    assert refused.value.tokens or case.is_remote
     assert str(worker.loaded.context_length) in refused.value.message
     text, _ = await answer(worker, asking(case, "Hello", GREEDY))
     assert text  # it goes on
@@ -389,6 +437,22 @@ async def test_an_answer_that_fills_the_context_ends_there(case, worker):
     assert total <= worker.loaded.context_length
 
 
+@generating
+async def test_an_answer_that_is_wanted_whole_is_refused_where_it_has_no_room(case, worker):
+    if case.is_remote:
+        return  # an upstream's answers are as long as it makes them
+    most = worker.loaded.context_length
+    wanted = asking(case, "Tell a story.", replace(GREEDY, max_tokens=most - 1, whole=True))
+    with pytest.raises(errors.ContextLengthExceeded) as refused:
+        await answer(worker, wanted)
+    prompt = refused.value.tokens
+    assert prompt == tokens_in(refused.value.message) > 1
+    fits = asking(case, "Tell a story.", replace(GREEDY, max_tokens=most - prompt, whole=True))
+    _, done = await answer(worker, fits)
+    assert done.usage.prompt_tokens == prompt
+    assert done.usage.completion_tokens == most - prompt or done.finish_reason == "stop"
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.grammar], ids=str, indirect=True)
 async def test_a_character_of_several_tokens_is_never_broken(case, worker):
     said = "ẞ日本語🙂🏳️‍🌈é"
@@ -399,6 +463,55 @@ async def test_a_character_of_several_tokens_is_never_broken(case, worker):
     assert "".join(texts) == said
     assert not any("\ufffd" in text for text in texts)
     assert pieces[-1].usage.completion_tokens > len(texts)  # there were characters to break
+
+
+# conversations that outlive an unload
+
+
+@pytest.fixture
+async def another(case, artifact, upstream, tmp_path) -> AsyncIterator[Worker]:
+    """A second worker, which has loaded nothing; `another.spec` is what it may load."""
+    scratch = tmp_path / "another"
+    scratch.mkdir()
+    worker = await Worker.start(case.backend, name=case.name, scratch=scratch)
+    worker.spec = spec_of(case, artifact, upstream, scratch)
+    try:
+        yield worker
+    finally:
+        await worker.stop("the test is over")
+
+
+@generating
+async def test_what_is_saved_goes_on_in_another_worker(case, worker, another, tmp_path):
+    folder = tmp_path / "states"
+    first = asking(case, "Tell a story. " * 10, GREEDY)
+    text, done = await answer(worker, first)
+    if Task.CHAT in case.tasks:
+        said = ({"role": "assistant", "content": text}, {"role": "user", "content": "Go on."})
+        second = replace(first, messages=(*first.messages, *said))
+    else:
+        second = replace(first, prompt=f"{first.prompt}{text} And")
+    if not hasattr(load_class(case.backend), "save_state"):
+        with pytest.raises(errors.EngineError, match="can't save"):
+            await worker.save_state(folder, limit_bytes=2**30, timeout_s=LOAD_S)
+        return
+    saved = await worker.save_state(folder, limit_bytes=2**30, timeout_s=LOAD_S)
+    assert len(saved) == 1 and saved[0].tokens >= done.usage.prompt_tokens
+    spec = replace(another.spec, state_dir=str(folder), conversations=saved)
+    loaded = await another.load(spec, timeout_s=LOAD_S, progress=lambda _: None)
+    assert loaded.restored == (saved[0].name,)
+    wanted, _ = await answer(worker, second)
+    resumed, done = await answer(another, second)
+    assert resumed == wanted
+    assert done.usage.cached_tokens == pytest.approx(saved[0].tokens, abs=8)
+
+
+@for_tasks()
+async def test_what_cannot_be_restored_does_not_keep_it_from_loading(case, another, tmp_path):
+    lost = SavedConversation(name=f"{'0' * 32}.kv", size_bytes=1, sha256="0" * 64, tokens=1)
+    spec = replace(another.spec, state_dir=str(tmp_path), conversations=(lost, lost))
+    loaded = await another.load(spec, timeout_s=LOAD_S, progress=lambda _: None)
+    assert loaded.restored == ()
 
 
 @for_tasks()

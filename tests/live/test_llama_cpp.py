@@ -6,8 +6,10 @@ import base64
 import gc
 import json
 import math
+import random
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ from backends.contract import (
     Task,
 )
 from backends.llama_cpp import LlamaCpp
+from backends.llama_cpp.model import Model
 from daemon.artifacts import gguf
 
 CONTEXT_LENGTH = 1024
@@ -392,6 +395,117 @@ def test_a_batch_that_fails_costs_its_own_requests_alone(backend):
         llama_cpp.llama_set_abort_callback(context, llama_cpp.ggml_abort_callback(0), None)
     assert all("status 2" in said for said in failed)
     assert chat(backend).text == plain
+
+
+def test_a_call_waits_for_what_runs_and_what_comes_later_waits_for_it(backend):
+    engine = backend._engine
+    running = backend.chat(asking("Tell a story.", max_tokens=30, ignore_eos=True), never)
+    next(running)
+    order = []
+    calling = threading.Thread(
+        target=lambda: order.append(engine.call(lambda slots: (len(engine._jobs), len(slots))))
+    )
+    calling.start()
+    while not engine._calls:
+        time.sleep(0.01)
+    later = threading.Thread(target=lambda: (chat(backend, max_tokens=1), order.append("later")))
+    later.start()
+    assert collect(running).done.finish_reason == "length"
+    for thread in (calling, later):
+        thread.join(timeout=60)
+    assert order == [(0, SLOTS), "later"]
+
+
+def test_a_call_that_fails_fails_for_its_caller_alone(backend):
+    with pytest.raises(ZeroDivisionError):
+        backend._engine.call(lambda slots: 1 / 0)
+    assert backend._engine.call(len) == SLOTS
+
+
+def test_closing_ends_a_call_that_waits(load):
+    backend = load(artifact_of(gguf_models.smollm2()))
+    engine = backend._engine
+    running = backend.chat(asking("Tell a story.", max_tokens=None, ignore_eos=True), never)
+    next(running)
+    said = []
+    calling = threading.Thread(
+        target=lambda: said.append(refused(lambda: engine.call(len), "cancelled"))
+    )
+    calling.start()
+    while not engine._calls:
+        time.sleep(0.01)
+    backend.close()
+    calling.join(timeout=60)
+    assert said == ["the model is being unloaded"]
+    assert refused(lambda: engine.call(len), "cancelled")
+    assert backend.save_state("/nowhere", 2**30) == ()
+
+
+# a sliding window
+
+LETTERS = "".join(random.Random(1).choices(gguf_models.PRINTABLE, k=600))
+# How a prompt is spread over batches hardly matters then: less than 0.002 to a log-probability. A
+# token that is missing at the far end of the window was seen to make 0.1.
+EXACT = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attention": "off"}
+
+
+def tokens_after(backend: LlamaCpp, prompt: str) -> tuple[list[tuple[str, float]], int]:
+    """The answer's tokens with their log-probabilities, and how many of the prompt were there."""
+    answer = complete(backend, prompt, logprobs=0, max_tokens=16)
+    entries = [entry for delta in answer.deltas for entry in delta.logprobs]
+    return [(each.token, pytest.approx(each.logprob, abs=0.01)) for each in entries], (
+        answer.usage.cached_tokens
+    )
+
+
+@pytest.fixture(params=["whole", "window"])
+def windowed(request, load, folder, monkeypatch):
+    """Load a model with a window, whose cache keeps all of the context or little more than that."""
+    if request.param == "window":
+        usual = Model._context_params
+
+        def small(self, spec, options):
+            params = usual(self, spec, options)
+            params.swa_full = False
+            return params
+
+        monkeypatch.setattr(Model, "_context_params", small)
+    artifact = artifact_of(gguf_models.tiny_gemma(folder))
+
+    def loaded(slots=1):
+        return load(artifact, slots=slots, engine=EXACT)
+
+    loaded.is_whole = request.param == "whole"
+    return loaded
+
+
+@pytest.mark.parametrize("kept", [20, 100, 300, 590])
+def test_an_answer_that_parts_far_back_misses_no_token_of_the_window(windowed, kept):
+    prompt = LETTERS[:kept] + "abc"
+    right, _ = tokens_after(windowed(), prompt)
+    backend = windowed()
+    complete(backend, LETTERS, max_tokens=400)
+    after, cached = tokens_after(backend, prompt)
+    assert after == right
+    # with the token that begins a text; the small cache has the last 512 of the thousand
+    assert cached == (kept + 1 if windowed.is_whole or kept == 590 else 0)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("back", [0, 1, 2, 33, 100])
+def test_a_window_that_was_restored_misses_no_token_either(windowed, tmp_path, back, slots):
+    """A file holds the last tokens of a window alone, even if the cache held all."""
+    backend = windowed()
+    complete(backend, LETTERS, max_tokens=0)
+    saved = backend.save_state(str(tmp_path), 2**30)
+    assert [each.tokens for each in saved] == [len(LETTERS) + 1]
+    prompt = LETTERS[: len(LETTERS) - back] + "\t\t"
+    right, _ = tokens_after(windowed(), prompt)
+    resumed = windowed(slots)
+    assert resumed.restore_state(str(tmp_path), saved) == (saved[0].name,)
+    after, cached = tokens_after(resumed, prompt)
+    assert after == right
+    assert cached == (len(LETTERS) + 1 - back if back <= 1 else 0)
 
 
 # log-probabilities

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 
 import psutil
-from running import SAMPLE
+import pytest
+from running import SAMPLE, needs_engine
 
 MB = 1_000_000
 
@@ -59,17 +62,51 @@ def test_twenty_loads_and_unloads_leave_nothing(daemon):
 
 
 def test_a_model_over_the_limit_is_refused_with_the_numbers(start_daemon):
-    daemon = start_daemon(MODELD_MEMORY_LIMIT="300MiB")
+    daemon = start_daemon(MODELD_MEMORY_LIMIT="100MiB")
     daemon.download()
     body = {"model": SAMPLE, "messages": [{"role": "user", "content": "x"}]}
     status, headers, text = daemon.request("POST", "/v1/chat/completions", body)
     assert status == 503 and headers["x-should-retry"] == "false"
-    assert "0.50 GiB" in text and "0.29 GiB" in text and "insufficient_memory" in text
+    needed = re.search(r"needs (1\d\d MiB), but all models together may take 100 MiB", text)
+    assert needed is not None and "insufficient_memory" in text and "[memory] limit" in text
     # a refusal is no failure of the model, but what it said can be read again
     shown = daemon.model()
-    assert shown["state"] == "unloaded" and "0.50 GiB" in shown["last_error"]
+    assert shown["state"] == "unloaded" and needed.group() in shown["last_error"]
     assert daemon.children() == []
     assert daemon.json("GET", "/modeld/v1/memory")["reserved_bytes"] == 0
+
+
+@pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
+def test_no_worker_opens_a_port(start_daemon, engine):
+    """A child's port, picked and then opened, is a race, and others could reach its API."""
+    needs_engine(engine)
+    daemon = start_daemon(MODELD_MODELS_BACKEND=engine)
+    daemon.download()
+    ask(daemon)
+    (worker,) = daemon.children()
+    assert worker.pid == daemon.model()["worker_pid"] and not worker.children()
+    assert worker.net_connections("inet") == []
+    assert daemon.process.net_connections("tcp"), "its own listener shows that this sees them"
+
+
+@pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
+def test_memory_is_what_the_kernel_says(start_daemon, engine):
+    """Not an engine's log lines: none is read, and the figure is that of the process."""
+    needs_engine(engine)
+    daemon = start_daemon(MODELD_MODELS_BACKEND=engine, MODELD_SERVER_LOG_LEVEL="error")
+    daemon.download()
+    ask(daemon)
+    shown = daemon.model()
+    maps = psutil.Process(shown["worker_pid"]).memory_maps(grouped=False)
+    weights = {os.path.realpath(path) for path in shown["files"]}
+    outside = sum(
+        each.anonymous + each.swap + (each.rss - each.anonymous if each.path in weights else 0)
+        for each in maps
+    )
+    assert any(each.path in weights and each.rss for each in maps)
+    (entry,) = daemon.json("GET", "/modeld/v1/memory")["models"]
+    assert abs(entry["in_use_bytes"] / outside - 1) < 0.03, (entry, outside)
+    assert entry["measured_bytes"] >= entry["in_use_bytes"]
 
 
 def test_the_daemon_idles_under_60_mb(daemon):

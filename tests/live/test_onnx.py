@@ -30,7 +30,7 @@ from backends.contract import (
     Task,
 )
 from backends.onnx import Onnx
-from daemon.memory.measure import worker_memory
+from daemon.memory.measure import worker_use
 from daemon.workers.worker import Worker
 
 pytestmark = pytest.mark.timeout(120)
@@ -410,7 +410,7 @@ async def test_a_worker_computes_requests_together_within_its_estimate(folder, t
         vectors = {answer.vectors[0] for (answer,) in answers}
         assert len(answers) == 32 and all(len(vector) == 4 * 384 for vector in vectors)
         estimate = Onnx.estimate(artifact, LoadOptions(threads=2)).total_bytes
-        measured = worker_memory(worker.pid, artifact.paths("weights"))
+        measured = worker_use(worker.pid, artifact.paths("weights")).total_bytes
         assert 0.9 < estimate / measured < 1.1, (estimate, measured)
     finally:
         await worker.stop("the test is over")

@@ -119,3 +119,16 @@ def test_what_it_cannot_do_is_said(daemon):
     assert status == 400 and "can't do chat, only embed" in text
     shown = daemon.model("minilm")
     assert (shown["format"], shown["backend"], shown["state"]) == ("onnx", "onnx", "ready")
+
+
+def test_the_command_prints_a_vector_a_line(daemon, direct):
+    given = daemon.command("embed", "minilm", *TEXTS[:2])
+    piped = daemon.command("embed", "minilm", input_text="\n".join(TEXTS[:2]) + "\n\n")
+    assert given.returncode == piped.returncode == 0, given.stderr + piped.stderr
+    assert given.stdout == piped.stdout
+    for line, expected in zip(given.stdout.splitlines(), direct[:2], strict=True):
+        assert np.dot(json.loads(line), expected) > 0.999
+    short = daemon.command("embed", "minilm", "--dimensions", "8", TEXTS[0])
+    assert len(json.loads(short.stdout)) == 8
+    wrong = daemon.command("embed", "letters", TEXTS[0])
+    assert wrong.returncode == 1 and "embed" in wrong.stderr and wrong.stdout == ""

@@ -17,6 +17,7 @@ from backends.contract import (
     Usage,
     check_options,
 )
+from backends.room import check_room
 from backends.text import StopScanner
 
 
@@ -63,12 +64,8 @@ class Recital:
 
     def chat(self, request, cancelled):
         asked = sum(len(str(message["content"]).split()) for message in request.messages)
+        check_room(asked, request.sampling, self.context_length)
         room = self.context_length - asked
-        if room < 1:
-            raise BackendError(
-                "context_length_exceeded",
-                f"the prompt has {asked} tokens, but the context_length is {self.context_length}",
-            )
         sampling, count = request.sampling, 0
         words = cycle(self.words) if sampling.ignore_eos else self.words
         scanner = StopScanner(sampling.stop)
@@ -84,7 +81,11 @@ class Recital:
             yield Delta(content=text)
         whole = scanner.stopped or (not sampling.ignore_eos and count == len(self.words))
         usage = Usage(prompt_tokens=asked, completion_tokens=count)
-        return Done(finish_reason="stop" if whole else "length", usage=usage)
+        return Done(
+            finish_reason="stop" if whole else "length",
+            usage=usage,
+            stopped_by=scanner.stopped_by,
+        )
 
     def close(self):
         self.words = []

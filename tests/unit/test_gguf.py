@@ -648,3 +648,20 @@ class TestRealFile:
         assert smollm2.metadata["llama.attention.head_count_kv"] == 3
         assert smollm2.metadata["llama.embedding_length"] == 576
         assert smollm2.metadata["tokenizer.ggml.tokens.length"] == 49_152
+        assert smollm2.matrix_bytes["Q4_1"] > 60_000_000
+        assert smollm2.embedding_type == "Q8_0" and smollm2.output_bytes == 0
+
+
+def test_matrices_that_an_engine_may_lay_out_anew_are_counted_by_type(path: Path) -> None:
+    tensors = [
+        Tensor(name="token_embd.weight", dimensions=(256, 64), type=Q4_K),
+        Tensor(name="output.weight", dimensions=(256, 64), type=Q8_0),
+        Tensor(name="blk.0.attn_q.weight", dimensions=(256, 16), type=Q4_K),
+        Tensor(name="blk.0.attn_k.weight", dimensions=(256, 12), type=Q4_K),  # no groups of 8
+        Tensor(name="blk.0.attn_k_b.weight", dimensions=(256, 8, 4), type=Q4_K),  # one a head
+        Tensor(name="blk.0.ffn_up_exps.weight", dimensions=(256, 8, 4), type=Q4_K),
+        Tensor(name="blk.0.attn_norm.weight", dimensions=(256,)),
+    ]
+    header = gguf.read(write_gguf(path, MINIMAL, tensors))
+    assert header.matrix_bytes == {"Q4_K": 144 * (16 + 32), "Q8_0": 34 * 8 * 64}
+    assert header.embedding_type == "Q4_K"

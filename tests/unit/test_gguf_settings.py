@@ -21,6 +21,19 @@ from backends.contract import (
 )
 
 MIB = 1024 * 1024
+FOOTPRINT = gguf.Footprint(
+    runtime_bytes=20 * MIB,
+    string_bytes=30,
+    hole_bytes=4 * MIB,
+    cell_bytes=200,
+    slot_bytes=MIB // 4,
+    candidates=1,
+    full_windows=False,
+    checkpoints=0,
+    pools_together=False,
+    image_batch=0,
+    repacked_types=frozenset(["Q4_0"]),
+)
 SMOLLM2_FACTS = {
     "block_count": 30,
     "attention.head_count": 9,
@@ -46,6 +59,10 @@ def artifact(*, architecture: str = "llama", facts: dict[str, Any] | None = None
         metadata={f"{architecture}.{key}": value for key, value in named.items()},
         **settings | fields,
     )
+
+
+def estimate_of(model: Artifact, options: LoadOptions, *, max_slots: int = 64):
+    return gguf.estimate(model, options, FOOTPRINT, max_slots=max_slots)
 
 
 # KV cache
@@ -171,7 +188,7 @@ def test_batches_at_both_ends():
 
 def test_an_estimate_settles_everything_and_counts_every_part():
     model = artifact()
-    estimate = gguf.estimate(model, LoadOptions(threads=2), max_slots=64)
+    estimate = estimate_of(model, LoadOptions(threads=2))
     assert (estimate.context_length, estimate.slots) == (4096, 4)
     assert estimate.parts["weights"] == 94 * MIB
     assert estimate.parts["kv_cache"] == 23_040 * 4096 * 4
@@ -180,13 +197,13 @@ def test_an_estimate_settles_everything_and_counts_every_part():
 
 
 def test_a_backend_of_one_slot_is_not_booked_for_more():
-    estimate = gguf.estimate(artifact(), LoadOptions(slots=4), max_slots=1)
+    estimate = estimate_of(artifact(), LoadOptions(slots=4), max_slots=1)
     assert estimate.slots == 1
     assert estimate.parts["kv_cache"] == 23_040 * 4096
 
 
 def test_the_user_s_choice_is_what_is_estimated():
-    estimate = gguf.estimate(artifact(), LoadOptions(context_length=512, slots=3), max_slots=64)
+    estimate = estimate_of(artifact(), LoadOptions(context_length=512, slots=3))
     assert (estimate.context_length, estimate.slots) == (512, 3)
     assert estimate.parts["kv_cache"] == 23_040 * 512 * 3
 
@@ -194,8 +211,7 @@ def test_the_user_s_choice_is_what_is_estimated():
 @given(st.lists(st.integers(1, 131_072), min_size=2, max_size=2).map(sorted), st.integers(1, 8))
 def test_a_longer_context_never_costs_less(lengths, slots):
     short, long = (
-        gguf.estimate(artifact(), LoadOptions(context_length=n, slots=slots), max_slots=64)
-        for n in lengths
+        estimate_of(artifact(), LoadOptions(context_length=n, slots=slots)) for n in lengths
     )
     assert short.total_bytes <= long.total_bytes
 
@@ -220,7 +236,7 @@ def test_no_header_can_make_a_load_look_smaller_than_its_weights(key, value):
     """Headers are untrusted, and what is booked for a load rests on them."""
     model = artifact()
     lying = replace(model, metadata=model.metadata | {key: value})
-    estimate = gguf.estimate(lying, LoadOptions(), max_slots=64)
+    estimate = estimate_of(lying, LoadOptions())
     assert min(estimate.parts.values()) >= 0
     assert estimate.total_bytes >= model.weights_bytes
 
@@ -273,9 +289,9 @@ def test_quantized_keys_and_values_take_less():
     assert gguf.kv_bytes_per_token(artifact(), {"cache_type_k": "f32"}) == f16 * 1.5
 
 
-def test_a_model_without_causal_attention_keeps_nothing():
+def test_a_model_that_reads_whole_texts_keeps_nothing():
     facts = SMOLLM2_FACTS | {"attention.causal": False, "pooling_type": 1}
-    assert gguf.kv_bytes_per_token(artifact(facts=facts)) == 0
+    assert gguf.kv_bytes_per_token(artifact(architecture="bert", facts=facts)) == 0
 
 
 def test_a_model_that_pools_reads_a_whole_text_at_once():
@@ -283,14 +299,6 @@ def test_a_model_that_pools_reads_a_whole_text_at_once():
     assert gguf.batch_size(embedder, 2, 512, 4) == 512
     assert gguf.batch_size(artifact(), 2, 4096, 4) == gguf.prefill_batch(artifact(), 2)
     assert gguf.batch_size(artifact(parameters=10**12), 1, 4096, 16) == 16  # a token for each slot
-
-
-def test_image_encoders_and_adapters_are_booked_with_the_weights():
-    model = artifact()
-    extras = {"modeld.mmproj_bytes": 7 * MIB, "modeld.adapter_bytes": 5 * MIB}
-    with_extras = replace(model, metadata=model.metadata | extras)
-    estimate = gguf.estimate(with_extras, LoadOptions(), max_slots=64)
-    assert estimate.parts["weights"] == (94 + 12) * MIB
 
 
 @pytest.mark.parametrize(
@@ -325,6 +333,7 @@ def test_messages_that_can_never_fit_are_refused_before_they_are_tokenized():
     with pytest.raises(BackendError, match="65537 characters.*512 tokens") as refused:
         gguf.refuse_hopeless(hopeless, 512)
     assert refused.value.code == "context_length_exceeded"
+    assert refused.value.tokens == 513  # at least
 
 
 def test_the_texts_of_all_parts_and_of_a_suffix_count():

@@ -53,6 +53,56 @@ def test_cgroup_v1(tmp_path):
     assert hardware.available_bytes(tmp_path) == 412 * MIB
 
 
+def test_page_cache_of_a_container_as_recorded(tmp_path):
+    """GuillaumeGomez/sysinfo#1219."""
+    write(tmp_path, "proc/self/cgroup", "0::/\n")
+    write(tmp_path, "sys/fs/cgroup/memory.max", "7864320000\n")
+    write(tmp_path, "sys/fs/cgroup/memory.current", "2481475584\n")
+    write(tmp_path, "sys/fs/cgroup/memory.stat", "inactive_anon 0\ninactive_file 4096\n")
+    write(tmp_path, "proc/meminfo", "MemTotal: 65842220 kB\nMemAvailable: 60000000 kB\n")
+    assert hardware.available_bytes(tmp_path) == 7864320000 - (2481475584 - 4096)
+
+
+def test_a_group_of_cgroup_v1_may_have_colons_in_its_name(tmp_path):
+    """As those of containerd have it: duckdb/duckdb#16608."""
+    group = "kubepods-burstable-pod0.slice:cri-containerd:6ef1"
+    write(tmp_path, "proc/self/cgroup", f"13:cpuset:/{group}\n12:memory:/{group}\n")
+    write(tmp_path, f"sys/fs/cgroup/memory/{group}/memory.limit_in_bytes", f"{512 * MIB}\n")
+    assert hardware.ram_bytes(tmp_path) == 512 * MIB
+
+
+@pytest.mark.parametrize("directory", ["cpu", "cpu,cpuacct", "cpuacct,cpu"])
+@pytest.mark.parametrize("listed", ["cpu,cpuacct", "cpuacct,cpu"])
+def test_controllers_of_cgroup_v1_come_in_any_order(tmp_path, directory, listed):
+    """Some kernels list cpuacct first (pingcap/tiflash#4879), whatever the directory is called."""
+    write(tmp_path, "proc/cpuinfo", "processor: 0\n\nprocessor: 1\n\n")
+    write(tmp_path, "proc/self/cgroup", f"3:{listed}:/\n2:cpuset:/\n")
+    write(tmp_path, "sys/fs/cgroup/cpuset/cpuset.cpus", "0-1\n")
+    write(tmp_path, f"sys/fs/cgroup/{directory}/cpu.cfs_quota_us", "150000\n")
+    write(tmp_path, f"sys/fs/cgroup/{directory}/cpu.cfs_period_us", "100000\n")
+    found = hardware.detect(tmp_path, system="linux")
+    assert found.cpu_quota == 1.5
+    assert found.sources["cpu_quota"] == f"/sys/fs/cgroup/{directory}/cpu.cfs_quota_us"
+
+
+MEMORY_OF_WSL_1 = """\
+MemTotal:       33483712 kB
+MemFree:        22743224 kB
+Buffers:           34032 kB
+Cached:           188576 kB
+SwapFree:18014396678257232 kB
+"""  # of two computers: heim-rs/heim#305 and microsoft/WSL#4829
+
+
+def test_a_kernel_that_does_not_say_what_is_available(tmp_path, monkeypatch):
+    """The library fails there, and knows only this computer's /proc/meminfo."""
+    monkeypatch.delattr("backends.hardware.memory.psutil.virtual_memory")
+    write(tmp_path, "proc/meminfo", MEMORY_OF_WSL_1)
+    assert hardware.available_bytes(tmp_path) == (22743224 + 34032 + 188576) * 1024
+    write(tmp_path, "proc/meminfo", "MemTotal: 33483712 kB\nMemFree: 22743224 kB\n")
+    assert hardware.available_bytes(tmp_path) == 22743224 * 1024
+
+
 @pytest.mark.parametrize("text", ["", "max\n", "garbage\n", "9223372036854771712\n"])
 def test_without_a_limit_it_is_the_machine_s_own(tmp_path, text):
     write(tmp_path, "proc/self/cgroup", "0::/\n")

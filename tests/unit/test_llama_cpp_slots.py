@@ -63,6 +63,27 @@ def test_without_a_prefix_the_slot_unused_for_longest_is_taken():
     assert choose(slots, prompt(1, 2))[0].sequence == 1
 
 
+def test_only_known_text_is_saved():
+    assert not slot(0, []).saveable
+    assert slot(0, [1]).saveable
+    seen = slot(0, [1])
+    seen.begin(Prompt(([1, 2], Image(chunk=None, tokens=4, positions=1), [3])), 1)
+    fill([seen], 9)
+    assert seen.saveable  # up to the image
+    seen.take_image()
+    fill([seen], 9)
+    assert seen.tokens == [1, 2] and not seen.saveable
+
+
+def test_a_slot_that_resumes_goes_on_like_any_other():
+    resumed = slot(0, [])
+    resumed.resume([1, 2, 3], 4)
+    chosen, kept = choose([resumed, slot(1, [1], 1)], prompt(1, 2, 3, 4, 5))
+    assert (chosen.sequence, kept, chosen.position, chosen.last_used) == (0, 3, 3, 4)
+    chosen.begin(prompt(1, 2, 3, 4, 5), kept)
+    assert [(share.tokens, share.position) for share in fill([chosen], 9)] == [([4, 5], 3)]
+
+
 # what a batch reads
 
 

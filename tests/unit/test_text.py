@@ -48,6 +48,8 @@ def test_the_text_is_cut_at_the_stop_that_is_complete_first(cut_up, stops):
     scanner = StopScanner(stops)
     assert whole(scanner, fed) == cut(text, stops)
     assert scanner.stopped == any(stop and stop in text for stop in stops)
+    assert text.startswith(cut(text, stops) + scanner.stopped_by)
+    assert scanner.stopped_by in ("", *stops)
 
 
 @given(pieces(), STOPS)

@@ -32,6 +32,9 @@ ARTIFACT = contract.Artifact(
         "general.name": "Tiny",
     },
 )
+SAVED = contract.SavedConversation(
+    name=f"{'0' * 32}.kv", size_bytes=2**40, sha256="f" * 64, tokens=1831
+)
 MESSAGES = [
     (wire.ToWorker, message)
     for message in (
@@ -66,6 +69,19 @@ MESSAGES = [
         wire.Embed(id=4, request=contract.EmbedRequest(inputs=("a", "b"), dimensions=2)),
         wire.Rerank(id=5, request=contract.RerankRequest(query="q", documents=("d",))),
         wire.Classify(id=6, request=contract.ClassifyRequest(inputs=("a",), truncate=True)),
+        wire.Count(id=7, request=contract.CountRequest(chat=contract.ChatRequest(messages=()))),
+        wire.Load(
+            spec=contract.LoadSpec(
+                artifact=ARTIFACT,
+                context_length=1,
+                slots=1,
+                threads=1,
+                scratch_dir="/tmp/x",
+                state_dir="/states/größe",
+                conversations=(SAVED,),
+            )
+        ),
+        wire.SaveState(id=8, folder="/states/größe", limit_bytes=2**40),
         wire.Cancel(id=2**53),
         wire.Ping(id=3),
         wire.Shutdown(),
@@ -76,6 +92,10 @@ MESSAGES = [
         wire.Hello(pid=7),
         wire.Error(code="engine_error", message="out of slots", id=1),
         wire.Error(code="load_failed", message=""),
+        wire.Error(code="context_length_exceeded", message="too long", id=1, tokens=5000),
+        wire.StateSaved(id=8, conversations=(SAVED, SAVED)),
+        wire.StateSaved(id=8, conversations=()),
+        wire.Counted(id=7, result=contract.Count(tokens=2**31)),
         wire.Progress(fraction=0.25),
         wire.Loaded(
             model=contract.LoadedModel(
@@ -83,6 +103,7 @@ MESSAGES = [
                 slots=4,
                 context_length=4096,
                 engine_version="1.0",
+                restored=(SAVED.name,),
             )
         ),
         wire.Delta(id=1, delta=contract.Delta(content="\x00\r\n\u2028🙂")),

@@ -40,6 +40,13 @@ def test_any_json_object_is_a_schema_too():
     assert bodies.chat_body(request)["json_schema"] == {"type": "object"}
 
 
+def test_the_engine_is_to_tell_which_stop_sequence_it_was():
+    body = bodies.chat_body(ChatRequest(messages=MESSAGES, sampling=Sampling(stop=("a", "b"))))
+    assert (body["stop"], body["verbose"]) == (["a", "b"], True)
+    assert bodies.stopping_word({"choices": [], "__verbose": {"stopping_word": "b"}}) == "b"
+    assert bodies.stopping_word({"choices": []}) == ""
+
+
 def test_biases_go_by_token():
     request = ChatRequest(messages=MESSAGES, sampling=Sampling(logit_bias={7: -100.0}))
     assert bodies.chat_body(request)["logit_bias"] == [[7, -100.0]]
