@@ -1,4 +1,4 @@
-"""A position in a model file's header that can't leave the file.
+"""A position in a model file's header that can't leave the file, wherever the file is.
 
 Owns the bounds of every read. Knows no format.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
 
 from daemon.artifacts import InvalidModelFile
 
@@ -17,6 +18,46 @@ _CHUNK_BYTES = 256 * 1024
 _U64 = struct.Struct("<Q")
 
 
+class Reader(Protocol):
+    """A file, here or elsewhere, that is read piece by piece."""
+
+    @property
+    def size_bytes(self) -> int:
+        """The real size of the whole file."""
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """Return bytes from `offset` on: at most `count`, fewer if that suits, none at the end.
+
+        What it raises passes through whoever reads headers.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFile:
+    """A file on this machine, open as `descriptor`, as a Reader."""
+
+    descriptor: int
+    size_bytes: int
+
+    def read_at(self, offset: int, count: int) -> bytes:
+        """Return up to `count` bytes from `offset` on. Raises OSError."""
+        return os.pread(self.descriptor, count, offset)
+
+
+def read_at_least(reader: Reader, offset: int, count: int, most: int) -> bytes:
+    """Return at least `count` and up to `most` bytes from `offset` on; less only if it ends there.
+
+    The caller has bounded both.
+    """
+    found = reader.read_at(offset, most)
+    while len(found) < count:
+        more = reader.read_at(offset + len(found), most - len(found))
+        if not more:
+            break
+        found += more
+    return found
+
+
 class Cursor:
     """A position in the header that stays inside the file and below MAX_HEADER_BYTES.
 
@@ -24,10 +65,10 @@ class Cursor:
     (SIGBUS).
     """
 
-    def __init__(self, descriptor: int, name: str, size: int) -> None:
+    def __init__(self, reader: Reader, name: str) -> None:
         self.name = name
-        self.size = size
-        self._descriptor = descriptor
+        self.size = reader.size_bytes
+        self._reader = reader
         self._chunk = b""
         self._start = 0  # where in the file the chunk begins
         self._at = 0  # the position, relative to the chunk; may lie beyond it
@@ -98,6 +139,7 @@ class Cursor:
         self._check(count)
         if self._at + count > len(self._chunk):
             self._start, self._at = self.position, 0
-            self._chunk = os.pread(self._descriptor, max(count, _CHUNK_BYTES), self._start)
+            most = max(count, _CHUNK_BYTES)
+            self._chunk = read_at_least(self._reader, self._start, count, most)
             if len(self._chunk) < count:
                 self.fail("has become shorter while it was read")

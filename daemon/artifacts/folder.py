@@ -10,20 +10,24 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from backends.contract import Artifact, ModelFile
 from daemon.artifacts import InvalidModelFile, ggml, gguf, gguf_files, onnx
+from daemon.artifacts.cursor import Reader, read_at_least
+from daemon.artifacts.ggml_layouts import MAGICS
 from daemon.artifacts.gguf_files import listed
 from daemon.errors import InvalidRequest
 
 MAX_FILES = 1000
 MAX_ENTRIES = 50_000  # of a folder and all that are in it, whatever they are
 MAX_DEPTH = 8  # parts of a name
+_COPIED_BYTES = 1024 * 1024  # of configuration; larger files, such as vocabularies, are not parsed
 MAX_CONFIG_BYTES = 64 * 1024 * 1024
 MAX_PART_BYTES = 200  # of one part of a name; filesystems stop at 255
 
@@ -67,6 +71,11 @@ def is_candidate(name: str) -> bool:
     """Say whether a file of this relative name may be part of a model. Hidden ones never are."""
     kinds = (_WEIGHTS, _EXTERNAL, _CONFIG)
     return not re.search(r"(^|/)\.", name) and any(kind.search(name) for kind in kinds)
+
+
+def is_config(name: str) -> bool:
+    """Say whether a file of this name may be a model's configuration or vocabulary."""
+    return _CONFIG.search(name) is not None and is_candidate(name)
 
 
 def scan(folder: Path) -> dict[str, os.stat_result]:
@@ -115,21 +124,41 @@ def read(folder: Path, names: Sequence[str], architecture: str = "") -> FolderMo
     """
     kinds = {name: kind for name in names if (kind := _kind(folder / name, alone=len(names) == 1))}
     where = names[0] if len(names) == 1 else str(folder)
-    if not kinds:
-        raise InvalidModelFile(f"{where} holds no model of a known format: modeld reads {_FORMATS}")
-    if len(set(kinds.values())) > 1:
-        formats = listed(f"{name} ({kind.upper()})" for name, kind in kinds.items())
-        raise InvalidModelFile(
-            f"{where} holds models of several formats: {formats}; import one of them by its own "
-            "path, or give each a folder of its own"
-        )
-    kind = next(iter(kinds.values()))
+    kind = _only_kind(kinds, where)
     if kind == "onnx":
         return _read_onnx(folder, names)
     if kind == "ggml":
         has_config = "config.json" in names
         return _read_ggml(folder, list(kinds), where, architecture, has_config=has_config)
     roles, header = gguf_files.choose({name: gguf.read(folder / name) for name in kinds}, where)
+    return FolderModel(roles=roles, describe=partial(gguf.to_artifact, header))
+
+
+def read_from(files: Mapping[str, Reader], architecture: str = "") -> FolderModel:
+    """Return the model that `files`, by name, make up, as `read` does, wherever they are.
+
+    What the readers raise passes through.
+    """
+    kinds = {name: kind for name, file in files.items() if (kind := _kind_at(file, name))}
+    where = listed(files)
+    kind = _only_kind(kinds, where)
+    if kind == "onnx":
+        if len(files) == 1:
+            raise InvalidModelFile(
+                f"{where} is an ONNX model, which needs a tokenizer and configuration beside it: "
+                "import the folder that has them"
+            )
+        return _read_onnx_from(files)
+    if kind == "ggml":
+        name = _only_ggml(list(kinds), where)
+        if "config.json" in files:
+            config = files["config.json"]
+            raw = read_at_least(config, 0, config.size_bytes, config.size_bytes)
+            architecture = architecture or _model_type(raw, "config.json")
+        told = ggml.read_from(files[name], name, architecture)
+        return FolderModel(roles=((name, "weights"),), describe=partial(ggml.to_artifact, told))
+    headers = {name: gguf.read_from(files[name], name) for name in kinds}
+    roles, header = gguf_files.choose(headers, where)
     return FolderModel(roles=roles, describe=partial(gguf.to_artifact, header))
 
 
@@ -165,6 +194,25 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield name
 
 
+def _only_kind(kinds: Mapping[str, str], where: str) -> str:
+    """Return the format that all of `kinds`, by file, are. Raises InvalidModelFile."""
+    if not kinds:
+        raise InvalidModelFile(f"{where} holds no model of a known format: modeld reads {_FORMATS}")
+    if len(set(kinds.values())) > 1:
+        formats = listed(f"{name} ({kind.upper()})" for name, kind in kinds.items())
+        raise InvalidModelFile(
+            f"{where} holds models of several formats: {formats}; import one of them by its own "
+            "path, or give each a folder of its own"
+        )
+    return next(iter(kinds.values()))
+
+
+def _only_ggml(names: Sequence[str], where: str) -> str:
+    if len(names) > 1:
+        raise gguf_files.several(where, names)
+    return names[0]
+
+
 def _kind(path: Path, *, alone: bool) -> str:
     """Return the format that a file's first bytes, or else its suffix, say; empty for none."""
     if not alone and not _WEIGHTS.search(path.name):
@@ -173,7 +221,19 @@ def _kind(path: Path, *, alone: bool) -> str:
         return "gguf"
     if ggml.is_ggml(path):
         return "ggml"
-    suffix = path.suffix.lower()
+    return _kind_by_suffix(path.name)
+
+
+def _kind_at(reader: Reader, name: str) -> str:
+    """Return what `_kind` would say of this one file."""
+    start = read_at_least(reader, 0, 4, 4)
+    if start == gguf.MAGIC:
+        return "gguf"
+    return "ggml" if int.from_bytes(start, "little") in MAGICS else _kind_by_suffix(name)
+
+
+def _kind_by_suffix(name: str) -> str:
+    suffix = PurePosixPath(name).suffix.lower()
     return suffix[1:] if suffix in (".gguf", ".onnx") else ""
 
 
@@ -189,26 +249,47 @@ def _read_onnx(folder: Path, names: Sequence[str]) -> FolderModel:
     return FolderModel(roles=header.roles, describe=partial(onnx.to_artifact, header))
 
 
+def _read_onnx_from(files: Mapping[str, Reader]) -> FolderModel:
+    """Return the ONNX model of files that are elsewhere.
+
+    It is told by more than headers: a folder gets copies of its configuration, and files without
+    content that have the sizes of all others.
+    """
+    with tempfile.TemporaryDirectory(prefix="modeld-") as directory:
+        for name, reader in files.items():
+            path = Path(directory) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as copy:
+                if _CONFIG.search(name):
+                    wanted = min(reader.size_bytes, _COPIED_BYTES)
+                    copy.write(read_at_least(reader, 0, wanted, wanted))
+                copy.truncate(reader.size_bytes)
+        header = onnx.read(Path(directory), list(files), files)
+    return FolderModel(roles=header.roles, describe=partial(onnx.to_artifact, header))
+
+
 def _read_ggml(
     folder: Path, names: Sequence[str], where: str, architecture: str, *, has_config: bool
 ) -> FolderModel:
-    if len(names) > 1:
-        raise gguf_files.several(where, names)
-    roles = [(names[0], "weights")]
+    name = _only_ggml(names, where)
+    roles = [(name, "weights")]
     if has_config:
-        architecture = architecture or _model_type(folder / "config.json")
+        try:
+            with (folder / "config.json").open("rb") as file:
+                raw = file.read(1024 * 1024)
+        except OSError as error:
+            raise InvalidModelFile(f"config.json cannot be read: {error}") from error
+        architecture = architecture or _model_type(raw, "config.json")
         roles.append(("config.json", "config"))
-    header = ggml.read(folder / names[0], architecture)
+    header = ggml.read(folder / name, architecture)
     return FolderModel(roles=tuple(roles), describe=partial(ggml.to_artifact, header))
 
 
-def _model_type(path: Path) -> str:
+def _model_type(raw: bytes, name: str) -> str:
     """Return the `model_type` of a config.json: where a GGML header cannot tell, this may."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(1024 * 1024)
         config = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InvalidModelFile(f"{path.name} cannot be read as JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidModelFile(f"{name} cannot be read as JSON: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     return kind if isinstance(kind, str) else ""

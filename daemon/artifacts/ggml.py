@@ -21,6 +21,7 @@ from typing import Any
 
 from backends import contract
 from daemon.artifacts import InvalidModelFile
+from daemon.artifacts.cursor import OpenFile, Reader, read_at_least
 from daemon.artifacts.ggml_layouts import ALIASES, LAYOUTS, MAGICS, MARKERS
 from daemon.artifacts.ggml_reading import Reading, Scan, Unfit
 
@@ -70,7 +71,8 @@ def read(path: Path, architecture: str = "") -> GgmlHeader:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InvalidModelFile(f"{name} is not a regular file")
-            return _read(file.fileno(), name, status.st_size, architecture)
+            reader = OpenFile(descriptor=file.fileno(), size_bytes=status.st_size)
+            return read_from(reader, name, architecture)
     except OSError as error:
         raise InvalidModelFile(f"{name} cannot be read: {error.strerror or error}") from error
 
@@ -99,8 +101,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _read(descriptor: int, name: str, size_bytes: int, wanted: str) -> GgmlHeader:
-    start = os.pread(descriptor, 8, 0)
+def read_from(reader: Reader, name: str, architecture: str = "") -> GgmlHeader:
+    """Return what the GGML file called `name` says, as `read` does.
+
+    Reads a few bytes before each tensor, from one end of the file to the other. What `reader`
+    raises passes through.
+    """
+    start = read_at_least(reader, 0, 8, 8)
     magic = int.from_bytes(start[:4], "little")
     if magic not in MAGICS:
         begins = f"begins with {start[:4]!r}" if start else "is empty"
@@ -112,12 +119,12 @@ def _read(descriptor: int, name: str, size_bytes: int, wanted: str) -> GgmlHeade
         raise InvalidModelFile(
             f"{name} is a {MAGICS[magic]} file of version {version}, which no engine here reads"
         )
-    wanted = _canonical(name, wanted, [a for layout in layouts for a in layout.architectures])
+    wanted = _canonical(name, architecture, [a for layout in layouts for a in layout.architectures])
     failures = []
     for layout in layouts:
         if wanted and wanted not in layout.architectures:
             continue
-        scan = Scan(descriptor, size_bytes, 8 if versioned else 4)
+        scan = Scan(reader, 8 if versioned else 4)
         try:
             reading = Reading(scan, layout, MAGICS[magic], version)
         except Unfit as unfit:

@@ -6,10 +6,10 @@ Owns the bounds. Knows neither which layout to try nor what the facts are for.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from typing import NoReturn
 
+from daemon.artifacts.cursor import Reader, read_at_least
 from daemon.artifacts.ggml_layouts import MARKERS, UNIFORM_TYPES, Layout
 from daemon.artifacts.ggml_types import FILE_TYPES, TENSOR_TYPES, TensorType
 
@@ -48,10 +48,10 @@ class Unfit(Exception):
 class Scan:
     """A position in the file that can't leave it. Reads little at a time: most is passed over."""
 
-    def __init__(self, descriptor: int, size_bytes: int, position: int) -> None:
-        self.size_bytes = size_bytes
+    def __init__(self, reader: Reader, position: int) -> None:
+        self.size_bytes = reader.size_bytes
         self.position = position
-        self._descriptor = descriptor
+        self._reader = reader
         self._chunk = b""
         self._chunk_at = 0
 
@@ -64,7 +64,7 @@ class Scan:
         self._check(count)
         at = self.position - self._chunk_at
         if not 0 <= at <= len(self._chunk) - count:
-            self._chunk = os.pread(self._descriptor, count + ahead, self.position)
+            self._chunk = read_at_least(self._reader, self.position, count, count + ahead)
             self._chunk_at, at = self.position, 0
             if len(self._chunk) < count:
                 self.fail("has become shorter while it was read")

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from backends import contract
 from daemon.artifacts import InvalidModelFile
-from daemon.artifacts.cursor import Cursor
+from daemon.artifacts.cursor import Cursor, OpenFile, Reader
 from daemon.artifacts.ggml_types import (
     ARRAY_TYPE,
     FILE_TYPES,
@@ -39,6 +39,7 @@ from daemon.artifacts.ggml_types import (
     TensorType,
 )
 
+MAGIC = b"GGUF"  # what every file begins with
 MAX_KEYS = 4096
 MAX_TENSORS = 65_536
 MAX_STRING_CHARS = 256  # of a string in `GgufHeader.metadata`
@@ -54,8 +55,9 @@ _INT64_MAX = 2**63 - 1  # engines compute sizes and offsets as signed 64-bit num
 _CONTEXT_MAX = 2**31 - 1
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
+_EMBEDDING = "token_embd."
+_ROWS = 8  # matrices are laid out anew in groups of so many rows
 _CHAT_TEMPLATE = "tokenizer.chat_template"
-_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,8 @@ class GgufHeader:
 
     `layer_bytes` are the bytes of each layer's weights, `embedding_bytes` those of the table of
     tokens, `output_bytes` those of the last matrix, 0 if the table of tokens serves as that.
+    `matrix_bytes` are those of the matrices that an engine may lay out anew for a CPU, by type,
+    and `embedding_type` is that of the table of tokens.
 
     `metadata` has the header's numbers, booleans, strings of at most MAX_STRING_CHARS characters
     and arrays of at most MAX_LIST numbers or booleans, under their own keys. An array that is left
@@ -88,6 +92,8 @@ class GgufHeader:
     layer_bytes: tuple[int, ...]
     embedding_bytes: int
     output_bytes: int
+    matrix_bytes: dict[str, int]
+    embedding_type: str
     version: int
     alignment: int
 
@@ -98,6 +104,7 @@ class _Tensor(NamedTuple):
     elements: int
     size_bytes: int
     offset: int
+    is_matrix: bool
 
 
 class _Metadata:
@@ -185,16 +192,24 @@ def read(path: Path | str) -> GgufHeader:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise InvalidModelFile(f"{name} is not a regular file")
-            return _read_header(Cursor(file.fileno(), name, status.st_size))
+            return read_from(OpenFile(descriptor=file.fileno(), size_bytes=status.st_size), name)
     except OSError as error:
         raise InvalidModelFile(f"{name} cannot be read: {error.strerror or error}") from error
+
+
+def read_from(reader: Reader, name: str) -> GgufHeader:
+    """Return what the header of the GGUF file called `name` says, as `read` does.
+
+    What `reader` raises passes through.
+    """
+    return _read_header(Cursor(reader, name))
 
 
 def is_gguf(path: Path) -> bool:
     """Say whether the file begins as GGUF files do. Raises InvalidModelFile if it can't be read."""
     try:
         with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            return file.read(len(_MAGIC)) == _MAGIC
+            return file.read(len(MAGIC)) == MAGIC
     except OSError as error:
         raise InvalidModelFile(f"{path.name} cannot be read: {error.strerror or error}") from error
 
@@ -244,8 +259,10 @@ def _read_header(cursor: Cursor) -> GgufHeader:
         metadata={key: value for key, value in values.items() if value is not None},
         tensor_count=tensor_count,
         layer_bytes=_layer_bytes(tensors),
-        embedding_bytes=_bytes_of(tensors, "token_embd."),
+        embedding_bytes=_bytes_of(tensors, _EMBEDDING),
         output_bytes=_bytes_of(tensors, "output."),
+        matrix_bytes=_matrix_bytes(tensors),
+        embedding_type=next((t.type.name for t in tensors if t.name.startswith(_EMBEDDING)), ""),
         version=version,
         alignment=alignment,
     )
@@ -253,6 +270,15 @@ def _read_header(cursor: Cursor) -> GgufHeader:
 
 def _bytes_of(tensors: list[_Tensor], prefix: str) -> int:
     return sum(tensor.size_bytes for tensor in tensors if tensor.name.startswith(prefix))
+
+
+def _matrix_bytes(tensors: list[_Tensor]) -> dict[str, int]:
+    """Return the bytes of matrices by type, without the table of tokens."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.is_matrix and not tensor.name.startswith(_EMBEDDING):
+            sizes[tensor.type.name] += tensor.size_bytes
+    return dict(sizes)
 
 
 def _layer_bytes(tensors: list[_Tensor]) -> tuple[int, ...]:
@@ -269,7 +295,7 @@ def _read_version(cursor: Cursor) -> int:
     if cursor.size == 0:
         cursor.fail("is not a GGUF file: it is empty")
     magic = cursor.take(min(4, cursor.size))
-    if magic != _MAGIC:
+    if magic != MAGIC:
         cursor.fail(f"is not a GGUF file: it begins with {magic!r}")
     raw = cursor.take(4)
     version = int.from_bytes(raw, "little")
@@ -309,7 +335,25 @@ def _read_tensor(cursor: Cursor, name: str) -> _Tensor:
             f"is damaged: tensor {name!r} has rows of {dimensions[0]} elements, "
             f"not a multiple of {kind.name}'s {kind.block}"
         )
-    return _Tensor(name, kind, elements, elements // kind.block * kind.bytes, cursor.u64())
+    return _Tensor(
+        name=name,
+        type=kind,
+        elements=elements,
+        size_bytes=elements // kind.block * kind.bytes,
+        offset=cursor.u64(),
+        is_matrix=_is_matrix(name, dimensions),
+    )
+
+
+def _is_matrix(name: str, dimensions: list[int]) -> bool:
+    """Say whether rows of this tensor can be laid out anew: of a matrix, or of one for each expert.
+
+    From llama.cpp's `ggml-cpu/repack.cpp` (`supports_op`, `ggml_repack_get_optimal_repack_type`).
+    """
+    sizes = [size for size in dimensions[2:] if size > 1]
+    if len(dimensions) < 2 or dimensions[1] <= 1 or dimensions[1] % _ROWS:
+        return False
+    return not sizes or (len(sizes) == 1 and "_exps." in name)
 
 
 def _check_tensor_data(cursor: Cursor, tensors: list[_Tensor], alignment: int) -> None:

@@ -5,6 +5,7 @@ Owns what the headers say about files that belong together. Pure: reads nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -15,6 +16,15 @@ from daemon.artifacts.gguf import GgufHeader
 MAX_PARTS = 1000
 _LISTED = 10  # names that an error quotes at most
 _OTHER_ROLES = {"mmproj": "an image encoder", "adapter": "an adapter (LoRA)"}
+_IMAGE_FACTS = (
+    "projector_type",
+    "image_size",
+    "image_max_pixels",
+    "patch_size",
+    "spatial_merge_size",
+    "embedding_length",
+    "feed_forward_length",
+)
 # Engines are told the name of the first part and make up those of the others.
 _PART = "-{number:05}-of-{count:05}.gguf"
 
@@ -27,7 +37,9 @@ def choose(
     The parts of the language model come first, then its image encoder, then its adapters. The
     header is that of all parts together; its metadata has the bytes of the others' weights as
     `modeld.mmproj_bytes` and `modeld.adapter_bytes`, and those of its own as `modeld.layer_bytes`,
-    `modeld.embedding_bytes` and `modeld.output_bytes`. Raises InvalidModelFile, naming `where`, if
+    `modeld.embedding_bytes`, `modeld.output_bytes` and, by their type, `modeld.matrix_bytes.Q4_K`;
+    there the table of tokens counts if it is the last matrix too. What an image encoder says of the
+    images that it takes is under `modeld.mmproj.`. Raises InvalidModelFile, naming `where`, if
     there is no language model, or several, or one that is not whole.
     """
     named: dict[str, list[str]] = {"weights": [], "mmproj": [], "adapter": []}
@@ -53,6 +65,9 @@ def choose(
         "modeld.embedding_bytes": model.embedding_bytes,
         "modeld.output_bytes": model.output_bytes,
     }
+    metadata |= {f"modeld.matrix_bytes.{kind}": n for kind, n in _matrix_bytes(model).items()}
+    for name in named["mmproj"]:
+        metadata |= _image_facts(headers[name])
     roles = [(name, "weights") for name in parts]
     for role in _OTHER_ROLES:
         roles += [(name, role) for name in named[role]]
@@ -60,6 +75,24 @@ def choose(
             size_bytes = sum(headers[name].weights_bytes for name in named[role])
             metadata[f"modeld.{role}_bytes"] = size_bytes
     return tuple(roles), replace(model, metadata=metadata)
+
+
+def _matrix_bytes(model: GgufHeader) -> dict[str, int]:
+    sizes = Counter(model.matrix_bytes)
+    if model.embedding_bytes and not model.output_bytes:
+        sizes[model.embedding_type] += model.embedding_bytes
+    return dict(sizes)
+
+
+def _image_facts(encoder: GgufHeader) -> dict[str, int | str]:
+    """Return what decides how much encoding an image takes."""
+    found: dict[str, int | str] = {}
+    for name in _IMAGE_FACTS:
+        for prefix in ("clip.", "clip.vision."):
+            value = encoder.metadata.get(prefix + name)
+            if isinstance(value, int | str):
+                found[f"modeld.mmproj.{name}"] = value
+    return found
 
 
 def several(where: str, names: Iterable[str]) -> InvalidModelFile:
@@ -143,6 +176,8 @@ def _whole(headers: Sequence[GgufHeader], first: str) -> GgufHeader:
         ),
         embedding_bytes=sum(header.embedding_bytes for header in headers),
         output_bytes=sum(header.output_bytes for header in headers),
+        matrix_bytes=dict(sum((Counter(header.matrix_bytes) for header in headers), Counter())),
+        embedding_type=next((h.embedding_type for h in headers if h.embedding_type), ""),
     )
 
 

@@ -1,6 +1,7 @@
-"""One load, from a record to a running worker: backend choice, reservation, process, measurement.
+"""One load, from a record to a running worker: memory, process, measurement; and its end.
 
-Knows nothing of waiting requests or of models' states; the manager decides when to load.
+Knows nothing of waiting requests or of models' states; the residency decides when to load. What a
+load is to be is the business of `choice`.
 """
 
 from __future__ import annotations
@@ -8,45 +9,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from backends.contract import (
     Artifact,
-    BackendError,
-    Gpu,
+    LoadedModel,
     LoadOptions,
     LoadSpec,
     MemoryEstimate,
+    Task,
 )
-from backends.registry import Candidate, Registry
-from daemon.catalog.record import ModelRecord
+from backends.registry import Registry
+from daemon.catalog.record import Measurement, ModelRecord
 from daemon.config import Models as ModelSettings
 from daemon.errors import (
-    BackendUnavailable,
     EngineError,
     InsufficientMemory,
     InvalidRequest,
     LoadFailed,
     LoadTimeout,
     ModeldError,
-    ModelNotDownloaded,
     QueueFull,
     WorkerCrashed,
 )
 from daemon.memory.ledger import Ledger
-from daemon.memory.measure import worker_memory
+from daemon.memory.measure import Use, private_bytes, worker_use
+from daemon.models.choice import Choice, Measurements, Wish, described, files_key, settings_key
+from daemon.models.conversations import Conversations
 from daemon.models.resident import Instance
-from daemon.models.threads import threads
 from daemon.store import Store, check_unchanged
 from daemon.upstreams import Upstreams
-from daemon.workers.machine import Machine
 from daemon.workers.prober import Probers
-from daemon.workers.worker import Worker, error_from
+from daemon.workers.worker import Worker
 
-_PATIENCE_S = 3.0  # for engines that do not answer, once another one has
 # After these another backend is tried; what else goes wrong would go wrong with any.
 _NEXT_MAY_DO = (
     LoadFailed,
@@ -57,71 +56,98 @@ _NEXT_MAY_DO = (
     InvalidRequest,
     QueueFull,
 )
+_MEASURE_S = 5.0
 log = logging.getLogger(__name__)
+
+
+class Room(Protocol):
+    """Waits until a load may have memory. See Admission.room."""
+
+    async def __call__(
+        self, backend: str, ladder: list[MemoryEstimate], files: frozenset[str]
+    ) -> MemoryEstimate:
+        """Return which step of the ladder may be loaded by this backend, its memory booked."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """How a load tells what it does: the chosen backend, the worker, and progress from 0 to 1.
+    """How a load tells what it does: the worker, and progress from 0 to 1.
 
-    `busy` returns how many other models compute at the moment.
+    `busy` returns how many other models compute at the moment; `room` books its memory.
     """
 
-    chosen: Callable[[str, MemoryEstimate], None]
     started: Callable[[Worker], None]
     progress: Callable[[float], None]
     busy: Callable[[], int]
+    room: Room
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """Every backend with its fit for one model, the best first.
+class Workers(Protocol):
+    """Starts workers and measures them: real ones, but for tests of what happens around them."""
 
-    `chosen` is empty if none can run it; `fixed` says who settled the choice, if anybody did.
-    """
+    async def start(self, backend_path: str, *, name: str, scratch: Path) -> Worker:
+        """Start a worker for the backend at `module:Class`. Raises OSError."""
+        ...
 
-    candidates: list[Candidate]
-    chosen: str
-    fixed: str
+    async def use(self, worker: Worker, files: Mapping[str, str]) -> Use:
+        """Return what a worker uses of RAM. `files` are its weights, by path, and their keys."""
+        ...
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """What a load of a model would be: its backend and why, its settings and its memory."""
-
-    backend: str
-    reason: str
-    options: LoadOptions
-    estimate: MemoryEstimate
+    def private_bytes(self, worker: Worker) -> int:
+        """Return the RAM of its own that a worker uses, at once."""
+        ...
 
 
-def _described(record: ModelRecord) -> Artifact:
-    """Return the model's files, with the chat template that the record has, if it has one.
+class RealWorkers:
+    """See Workers."""
 
-    Raises ModelNotDownloaded.
-    """
-    if record.artifact is None:
-        raise ModelNotDownloaded(
-            f"{record.unique} is not downloaded: run `modeld pull {record.unique}` first"
+    start = staticmethod(Worker.start)
+
+    @staticmethod
+    async def use(worker: Worker, files: Mapping[str, str]) -> Use:
+        """See Workers."""
+        found = await asyncio.to_thread(worker_use, worker.pid, list(files))
+        return Use(
+            private_bytes=found.private_bytes,
+            files={files[path]: size for path, size in found.files.items()},
         )
-    if not record.chat_template:
-        return record.artifact
-    # An engine that reads the file's own template has to be told of the other one.
-    metadata = record.artifact.metadata | {"modeld.chat_template": True}
-    return replace(record.artifact, chat_template=record.chat_template, metadata=metadata)
+
+    @staticmethod
+    def private_bytes(worker: Worker) -> int:
+        """See Workers."""
+        return private_bytes(worker.pid)
 
 
 def _all_failed(record: ModelRecord, failures: list[tuple[str, ModeldError]]) -> ModeldError:
     """Return the error of a load that no backend could do.
 
-    If all were refused alike (for want of memory), that is the error, with all that it says.
+    If all were refused alike, that is the error, with all that it says; and if one lacked nothing
+    but memory, that is what to wait for.
     """
     first = failures[0][1]
     own = not isinstance(first, LoadFailed | WorkerCrashed)
     if own and all(type(error) is type(first) for _, error in failures):
         return first
     reasons = "; ".join(f"{name}: {error.message}" for name, error in failures)
-    return LoadFailed(f"{record.unique} could not be loaded. {reasons}")
+    text = f"{record.unique} could not be loaded. {reasons}"
+    for _, error in failures:
+        if isinstance(error, InsufficientMemory) and error.retry_after_s is not None:
+            return InsufficientMemory(text, retry_after_s=error.retry_after_s)
+    return LoadFailed(text)
+
+
+def mapped_files(artifact: Artifact) -> dict[str, str]:
+    """Return the keys of the model's files, by path: the same for all links to one file."""
+    keys = {}
+    for file in artifact.files:
+        path = os.path.realpath(file.path)
+        try:
+            facts = os.stat(path)
+        except OSError:  # it went after it was checked: the load will say so
+            continue
+        keys[path] = f"{facts.st_dev}:{facts.st_ino}"
+    return keys
 
 
 class Loader:
@@ -133,33 +159,37 @@ class Loader:
         settings: ModelSettings,
         registry: Registry,
         probers: Probers,
-        machine: Machine,
+        choice: Choice,
+        measurements: Measurements,
         ledger: Ledger,
         store: Store,
+        conversations: Conversations,
         upstreams: Upstreams,
+        workers: Workers | None = None,
     ) -> None:
         self._settings = settings
         self._registry = registry
         self._probers = probers
-        self._machine = machine
+        self._choice = choice
+        self._measurements = measurements
         self._ledger = ledger
         self._store = store
+        self._conversations = conversations
         self._upstreams = upstreams
-        # Of the loads that go on: their memory is not yet missing from what a GPU says is free.
-        self._on_gpus: dict[str, dict[str, dict[str, int]]] = {}
+        self._workers = workers or RealWorkers()
 
-    async def load(self, record: ModelRecord, watch: Watch) -> Instance:
+    async def load(self, record: ModelRecord, watch: Watch, wish: Wish) -> Instance:
         """Return a loaded instance of the model, its memory booked and measured.
 
         Raises ModelNotDownloaded, Conflict (files changed), BackendUnavailable,
         InsufficientMemory, LoadFailed, LoadTimeout. Nothing is left behind by a load that fails.
         """
-        artifact = _described(record)
+        artifact = described(record)
         check_unchanged(artifact)
         failures: list[tuple[str, ModeldError]] = []
-        for candidate in await self._usable(record, artifact):
+        for candidate in await self._choice.usable(record, artifact):
             try:
-                instance = await self._load_with(candidate.backend, record, artifact, watch)
+                instance = await self._load_with(candidate.backend, record, artifact, watch, wish)
             except _NEXT_MAY_DO as error:
                 log.warning("model=%s backend=%s %s", record.unique, candidate.backend, error)
                 failures.append((candidate.backend, error))
@@ -170,106 +200,65 @@ class Loader:
                 return instance
         raise _all_failed(record, failures)
 
-    async def explain(self, record: ModelRecord) -> Explanation:
-        """Say what each backend makes of the model, and which one a load would take.
-
-        Raises ModelNotDownloaded.
-        """
-        fixed, by = self._fixed(record)
-        ranked = await self._ranked(_described(record))
-        usable = [c for c in ranked if c.fit.score > 0 and fixed in ("", c.backend)]
-        return Explanation(
-            candidates=ranked,
-            chosen=usable[0].backend if usable else "",
-            fixed=f"{by} asks for {fixed}" if fixed else "",
-        )
-
-    def _fixed(self, record: ModelRecord) -> tuple[str, str]:
-        """Return the backend that the model or the settings ask for, and which of them does."""
-        if record.backend:
-            return record.backend, "the model"
-        return self._settings.backend, "[models] backend"
-
-    async def plan(self, record: ModelRecord) -> Planned:
-        """Say what a load of the model would be if nothing else ran. Starts and books nothing.
-
-        Raises ModelNotDownloaded, BackendUnavailable, InvalidRequest.
-        """
-        artifact = _described(record)
-        candidate = (await self._usable(record, artifact))[0]
-        options = await self._options(record, candidate.backend, models=1, afresh=False)
-        return Planned(
-            backend=candidate.backend,
-            reason=candidate.fit.reason,
-            options=options,
-            estimate=self._estimate(candidate.backend, artifact, options),
-        )
-
-    async def _ranked(self, artifact: Artifact, fixed: str = "") -> list[Candidate]:
-        names = [fixed] if fixed in self._registry.classes else None
-        probes = await self._probers.ask(
-            names or self._registry.for_format(artifact.format), patience_s=_PATIENCE_S
-        )
-        return self._registry.rank(artifact, probes, await self._machine.look(afresh=False))
-
-    async def _usable(self, record: ModelRecord, artifact: Artifact) -> list[Candidate]:
-        """Return the backends that can run the model, the best first, or only the fixed one.
-
-        Raises BackendUnavailable with every backend's reason.
-        """
-        fixed, by = self._fixed(record)
-        if fixed and fixed not in self._registry.paths:
-            names = ", ".join(sorted(self._registry.paths))
-            raise BackendUnavailable(f"{by} asks for the backend {fixed!r}; there are {names}")
-        ranked = [c for c in await self._ranked(artifact, fixed) if fixed in ("", c.backend)]
-        usable = [candidate for candidate in ranked if candidate.fit.score > 0]
-        if not usable:
-            reasons = "; ".join(f"{c.backend}: {c.fit.reason}" for c in ranked)
-            raise BackendUnavailable(f"no backend can run this model here. {reasons}")
-        return usable
-
-    async def _options(
-        self, record: ModelRecord, backend: str, *, models: int, afresh: bool = True
-    ) -> LoadOptions:
-        """Return the settings of a load beside which `models`, itself included, compute."""
-        probes = await self._probers.ask([backend])
-        hardware = await self._machine.look(afresh=afresh)
-        vendors = probes[backend].gpu_vendors
-        return LoadOptions(
-            context_length=self._settings.context_length or None,
-            slots=self._settings.slots or None,
-            threads=threads(hardware.physical_cores, models, background=record.background),
-            gpus=tuple(self._left_of(gpu) for gpu in hardware.gpus if gpu.vendor in vendors),
-            engine=dict(record.options),
-        )
-
-    def _left_of(self, gpu: Gpu) -> Gpu:
-        if gpu.free_bytes is None:
-            return gpu
-        parts = [on_gpus.get(gpu.id, {}) for on_gpus in self._on_gpus.values()]
-        taken = sum(sum(part.values()) for part in parts)
-        return replace(gpu, free_bytes=max(0, gpu.free_bytes - taken))
-
-    def _estimate(self, backend: str, artifact: Artifact, options: LoadOptions) -> MemoryEstimate:
-        try:
-            return self._registry.classes[backend].estimate(artifact, options)
-        except BackendError as error:
-            raise error_from(error.code, error.message) from error
-        except Exception as error:  # a plugin's fault costs itself alone
-            raise LoadFailed(f"its estimate failed: {type(error).__name__}: {error}") from error
-
     async def _load_with(
-        self, backend: str, record: ModelRecord, artifact: Artifact, watch: Watch
+        self, backend: str, record: ModelRecord, artifact: Artifact, watch: Watch, wish: Wish
     ) -> Instance:
-        options = await self._options(record, backend, models=1 + watch.busy())
-        estimate = self._estimate(backend, artifact, options)
-        self._ledger.reserve(record.id, record.unique, estimate.total_bytes)
-        self._on_gpus[record.id] = estimate.gpu_parts
-        watch.chosen(backend, estimate)
+        options = await self._choice.options(record, backend, models=1 + watch.busy())
+        ladder = await self._choice.ladder(backend, artifact, options, wish)
+        files = mapped_files(artifact)
+        estimate = await watch.room(backend, ladder, frozenset(files.values()))
+        instance: Instance | None = None
+        try:
+            self._choice.taken[record.id] = estimate.gpu_parts
+            instance = await self._started(
+                backend, record, artifact, watch=watch, options=options, estimate=estimate
+            )
+            instance.reduced = _reduced(ladder[0], estimate)
+            if use := await self.measure(instance):
+                self._ledger.measured(record.id, use)
+                self.remember(record.id, instance)
+        except BaseException:
+            if instance is not None:
+                await self.give_back(record.id, instance, "the load was given up")
+            self._ledger.release(record.id)
+            raise
+        finally:
+            self._choice.taken.pop(record.id, None)
+        log.info(
+            "model=%s backend=%s pid=%d context_length=%d slots=%d estimate_bytes=%d "
+            "measured_bytes=%d restored=%d seconds=%.2f",
+            record.unique,
+            backend,
+            instance.worker.pid,
+            instance.loaded.context_length,
+            instance.loaded.slots,
+            estimate.total_bytes,
+            self._ledger.reservations[record.id].measured_bytes,
+            len(instance.loaded.restored),
+            instance.load_s,
+        )
+        return instance
+
+    async def _started(
+        self,
+        backend: str,
+        record: ModelRecord,
+        artifact: Artifact,
+        *,
+        watch: Watch,
+        options: LoadOptions,
+        estimate: MemoryEstimate,
+    ) -> Instance:
+        """Return an instance in a worker of its own; nothing is left of one that fails."""
         scratch: Path | None = None
         worker: Worker | None = None
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        shelf = None
+        if hasattr(self._registry.classes[backend], "save_state"):
+            version = await self._choice.version(backend)
+            shelf = self._conversations.open(artifact, backend, version, estimate, options)
         try:
-            started = time.monotonic()
             scratch, worker = await self._start_worker(backend, record.unique)
             watch.started(worker)
             spec = LoadSpec(
@@ -281,34 +270,34 @@ class Loader:
                 placement=estimate.placement,
                 engine=options.engine,
                 upstream=self._upstreams.of(record),
+                state_dir=str(shelf.folder) if shelf is not None else "",
+                conversations=shelf.files() if shelf is not None else (),
             )
-            loaded = await worker.load(
+            loaded: LoadedModel = await worker.load(
                 spec, timeout_s=self._settings.load_timeout_s, progress=watch.progress
             )
-            instance = Instance(worker, loaded, artifact, scratch)
-            measured = await self.measure(instance)
-            self._ledger.measured(record.id, measured)
         except BaseException as error:
             if worker is not None:
                 await worker.stop("the load was given up")
             if scratch is not None:
                 self._store.drop_scratch(scratch)
-            self._ledger.release(record.id)
             if isinstance(error, LoadFailed) and worker and (cause := worker.first_complaint()):
                 raise LoadFailed(f"{error.message} The engine said: {cause}") from error
             raise
-        finally:
-            self._on_gpus.pop(record.id, None)
-        log.info(
-            "model=%s backend=%s pid=%d estimate_bytes=%d measured_bytes=%d seconds=%.2f",
-            record.unique,
-            backend,
-            worker.pid,
-            estimate.total_bytes,
-            measured,
-            time.monotonic() - started,
+        if shelf is not None:
+            shelf.used(loaded.restored)
+        return Instance(
+            worker=worker,
+            loaded=loaded,
+            artifact=artifact,
+            scratch=scratch,
+            backend=backend,
+            options=options,
+            estimate=estimate,
+            load_s=loop.time() - started,
+            idle_since=loop.time(),
+            shelf=shelf,
         )
-        return instance
 
     async def _start_worker(self, backend: str, unique: str) -> tuple[Path, Worker]:
         """Return a worker that runs, and its private folder. Raises LoadFailed."""
@@ -318,18 +307,81 @@ class Loader:
             raise LoadFailed(f"no folder could be made for its worker: {error}") from error
         try:
             path = self._registry.paths[backend]
-            return scratch, await Worker.start(path, name=unique, scratch=scratch)
+            return scratch, await self._workers.start(path, name=unique, scratch=scratch)
         except OSError as error:
             self._store.drop_scratch(scratch)
             raise LoadFailed(f"its worker could not be started: {error}") from error
 
-    async def measure(self, instance: Instance) -> int:
-        """Return the bytes of RAM that the instance's worker uses now."""
-        files = [os.path.realpath(file.path) for file in instance.artifact.files]
-        return await asyncio.to_thread(worker_memory, instance.worker.pid, files)
+    async def measure(self, instance: Instance) -> Use | None:
+        """Return what the instance's worker uses now, of RAM and of GPUs; None if that hangs."""
+        try:
+            async with asyncio.timeout(_MEASURE_S):
+                files = mapped_files(instance.artifact)
+                use = await self._workers.use(instance.worker, files)
+                if not instance.estimate.gpu_parts:
+                    return use
+                return replace(use, gpus=await self._choice.gpu_use(instance.worker.pid))
+        except TimeoutError:
+            log.warning("model=%s its memory could not be measured in time", instance.worker.name)
+            return None
+
+    def private_bytes(self, worker: Worker) -> int:
+        """Return the RAM of its own that a worker uses, at once."""
+        return self._workers.private_bytes(worker)
+
+    def remember(self, model_id: str, instance: Instance) -> None:
+        """Keep the most that an instance was seen to use, for the next load's estimate."""
+        booked = self._ledger.reservations.get(model_id)
+        if booked is None:  # it has gone meanwhile
+            return
+        self._measurements.remember(
+            Measurement(
+                files=files_key(instance.artifact),
+                backend=instance.backend,
+                version=instance.loaded.engine_version,
+                settings=settings_key(instance.estimate, instance.options),
+                estimate_bytes=sum(
+                    size for name, size in instance.estimate.parts.items() if name != "correction"
+                ),
+                peak_bytes=booked.measured_bytes,
+                served=instance.served > 0,
+                load_s=instance.load_s,
+                seen_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+        )
+
+    async def keep_conversations(
+        self, instance: Instance, *, timeout_s: float, stopping: bool
+    ) -> None:
+        """Have the worker write its conversations down for the next load.
+
+        Not when modeld is `stopping` and they would go with it. Raises ModeldError and OSError.
+        """
+        shelf = instance.shelf
+        if shelf is None or (stopping and not self._conversations.outlive):
+            return
+        if Task.COMPLETE not in instance.loaded.tasks or not instance.alive:
+            return  # what turns whole texts into vectors remembers none
+        with shelf.saving() as folder:
+            if (limit_bytes := shelf.room()) > 0:
+                saved = await instance.worker.save_state(
+                    folder, limit_bytes=limit_bytes, timeout_s=timeout_s
+                )
+                if saved:
+                    await asyncio.to_thread(shelf.replace, instance.loaded.restored, saved, folder)
 
     async def give_back(self, model_id: str, instance: Instance, reason: str) -> None:
         """End the instance's process and return everything that it held."""
         await instance.worker.stop(reason)
         self._store.drop_scratch(instance.scratch)
         self._ledger.release(model_id)
+
+
+def _reduced(wanted: MemoryEstimate, had: MemoryEstimate) -> str:
+    """Say, for a person, what a model was loaded with less of for want of memory."""
+    parts = []
+    if had.context_length < wanted.context_length:
+        parts.append(f"a context of {had.context_length} tokens instead of {wanted.context_length}")
+    if had.slots < wanted.slots:
+        parts.append(f"room for {had.slots} at once instead of {wanted.slots}")
+    return f"for want of memory it has {' and '.join(parts)}" if parts else ""

@@ -1,55 +1,82 @@
-"""ModelManager: the states of all models, single-flight loads, holding, unloading.
+"""ModelManager: what the rest of the daemon asks of models.
 
-The rule: a request holds its model (`in_flight`) before anything is awaited, and asks for it to be
-ready; nobody reads a state and then acts on it after an await.
+Owns the requests; the models and their states are the business of `residency`.
+
+A request holds its model from the moment it asks until the engine is done with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from backends.contract import (
+    Artifact,
     ChatRequest,
     Classes,
     ClassifyRequest,
     CompleteRequest,
+    Count,
+    CountRequest,
     Delta,
     Done,
     Embeddings,
     EmbedRequest,
-    MemoryEstimate,
     Request,
     RerankRequest,
     Scores,
+    needed_task,
 )
 from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
 from daemon.config import Models as ModelSettings
 from daemon.errors import (
     Conflict,
+    ContextLengthExceeded,
     EngineError,
-    InternalError,
-    LoadFailed,
-    LoadTimeout,
+    InsufficientMemory,
+    InvalidRequest,
     ModeldError,
+    ModelNotLoaded,
     QueueFull,
+    RequestNotFound,
+    RequestTimeout,
 )
 from daemon.memory.ledger import Ledger
-from daemon.models.loader import Explanation, Loader, Planned, Watch
-from daemon.models.resident import Instance, ModelState, ModelStatus, Resident, crash_delay
+from daemon.models.choice import Choice, Explanation, Planned, described
+from daemon.models.residency import Residency
+from daemon.models.resident import Instance, ModelState, ModelStatus, Resident
+from daemon.models.turns import LOAD, Terms, Ticket
 from daemon.store import Store
-from daemon.workers.worker import Answer, Worker
+from daemon.units import size
+from daemon.workers.worker import Answer
 
-_DRAIN_S = 5.0  # how long an unload waits for work in flight before it ends it
-_ENDED_BY_UNLOAD = "the model was unloaded while it answered"
-_STOPPING = "modeld is stopping"
-log = logging.getLogger(__name__)
-T = TypeVar("T", Embeddings, Scores, Classes)
+# Tokens of an answer that a longer context has room for beside the prompt that it is made for: so
+# many if there is memory, and so many at least.
+_ANSWER, _LEAST_ANSWER = 512, 64
+_STEP = 256  # which lengths of contexts are multiples of
+T = TypeVar("T", Embeddings, Scores, Classes, Count)
+_USUAL = Terms()
+_THERE = (ModelState.LOADING, ModelState.READY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStatus:
+    """A request as the APIs show it. Seconds are since it was asked, and since it got its turn."""
+
+    id: str
+    model: str
+    kind: str
+    priority: str
+    state: str
+    asked_at: float
+    age_s: float
+    running_s: float
+    pieces: int
 
 
 class ModelManager:
@@ -62,25 +89,21 @@ class ModelManager:
         catalog: Catalog,
         store: Store,
         ledger: Ledger,
-        loader: Loader,
+        choice: Choice,
+        residency: Residency,
     ) -> None:
         self._settings = settings
         self._catalog = catalog
         self._store = store
         self._ledger = ledger
-        self._loader = loader
-        self._residents: dict[str, Resident] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._closing = False
-
-    def _resident(self, record: ModelRecord) -> Resident:
-        return self._residents.setdefault(
-            record.id, Resident(model_id=record.id, unique=record.unique)
-        )
+        self._choice = choice
+        self._residency = residency
+        self._tickets: dict[str, Ticket] = {}
+        self._listeners: list[Callable[[str], None]] = []
 
     def status(self, model_id: str) -> ModelStatus:
         """Return the model's state, for people and listings; decide nothing by it."""
-        resident = self._residents.get(model_id)
+        resident = self._residency.residents.get(model_id)
         if resident is None:
             return ModelStatus()
         booked = self._ledger.reservations.get(model_id)
@@ -91,293 +114,87 @@ class ModelManager:
             worker_pid=instance.worker.pid if instance is not None else None,
             in_flight=resident.in_flight,
             waiting=resident.waiting,
-            load_progress=resident.progress,
+            load_progress=resident.progress if resident.state in _THERE else 0.0,
             estimate_bytes=resident.estimate_bytes,
             reserved_bytes=booked.reserved_bytes if booked else 0,
             measured_bytes=booked.measured_bytes if booked else 0,
             context_length=resident.context_length,
             slots=resident.slots,
+            unloads_in_s=Residency.unloads_in_s(resident),
+            waits_for="memory" if self._residency.admission.waits(model_id) else "",
+            reduced=instance.reduced if instance is not None else "",
             last_error=resident.last_error,
             passed_over=instance.passed_over if instance is not None else (),
         )
 
-    # loading
+    # loading and unloading
 
     async def explain(self, record: ModelRecord) -> Explanation:
         """Say which backend a load of the model would take, and why. Raises ModelNotDownloaded."""
-        return await self._loader.explain(record)
+        return await self._choice.explain(record)
 
-    async def plan(self, record: ModelRecord) -> Planned:
-        """Say what a load of the model would be, without one. Raises ModeldError."""
-        return await self._loader.plan(record)
+    async def plan(
+        self,
+        record: ModelRecord,
+        artifact: Artifact | None = None,
+        *,
+        context_length: int = 0,
+        slots: int = 0,
+    ) -> Planned:
+        """Say what a load of the model would be, without one; 0 leaves a choice to modeld.
 
-    async def load(self, record: ModelRecord) -> None:
-        """Have the model in memory. Raises ModeldError."""
-        await self._ensure_ready(self._resident(record))
-
-    async def _ensure_ready(self, resident: Resident) -> Instance:
-        """Return a live instance; start the load, or join the one that goes on."""
-        while True:
-            instance = resident.instance
-            if resident.state is ModelState.READY and instance is not None:
-                if instance.alive:
-                    return instance
-                await self._settled(resident.watch_task)
-            elif resident.state is ModelState.UNLOADING:
-                await self._settled(resident.unload_task)
-            elif resident.state is ModelState.LOADING and resident.unload_wanted.is_set():
-                await self._settled(resident.load_task)  # that one is being given up
-            else:
-                if self._closing:
-                    raise Conflict(_STOPPING)
-                if resident.state is not ModelState.LOADING:
-                    # All before the task begins: an unload may come first.
-                    resident.unload_wanted.clear()
-                    resident.progress = 0.0
-                    self._set_state(resident, ModelState.LOADING)
-                    resident.load_task = self._task(self._load(resident))
-                load_task = resident.load_task
-                assert load_task is not None  # LOADING is only ever set together with it
-                await asyncio.shield(load_task)  # a waiter that leaves must not end the load
-
-    async def _settled(self, task: asyncio.Task[None] | None) -> None:
-        if task is not None:
-            await asyncio.wait([task])
-
-    async def _load(self, resident: Resident) -> None:
-        try:
-            instance = await self._loaded_instance(resident)
-        except ModeldError as error:
-            resident.loading_worker = None
-            if resident.unload_wanted.is_set():
-                self._set_state(resident, ModelState.UNLOADED)
-                raise Conflict(f"{resident.unique} was unloaded while it loaded") from error
-            resident.last_error = error.message
-            if isinstance(error, LoadFailed | LoadTimeout):
-                resident.crashes.append(time.monotonic())
-                self._set_state(resident, ModelState.FAILED)
-            else:  # it was refused, and nothing is wrong with the model
-                self._set_state(resident, ModelState.UNLOADED)
-            raise
-        except Exception as error:
-            log.exception("model=%s load failed", resident.unique)
-            resident.loading_worker = None
-            resident.last_error = f"internal error: {error!r}"
-            self._set_state(resident, ModelState.FAILED)
-            raise InternalError(resident.last_error) from error
-        resident.loading_worker = None
-        resident.instance = instance
-        resident.last_error = ""
-        resident.context_length = instance.loaded.context_length
-        resident.slots = instance.loaded.slots
-        resident.watch_task = self._task(self._watch(resident, instance))
-        self._set_state(resident, ModelState.READY)
-
-    async def _loaded_instance(self, resident: Resident) -> Instance:
-        delay = crash_delay(resident.crashes, time.monotonic())
-        if delay:
-            log.warning("model=%s crashed often: loads again in %.1f s", resident.unique, delay)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await resident.unload_wanted.wait()
-            if resident.unload_wanted.is_set():
-                raise Conflict(f"{resident.unique} was unloaded before it loaded")
-
-        def chosen(backend: str, estimate: MemoryEstimate) -> None:
-            resident.backend, resident.estimate_bytes = backend, estimate.total_bytes
-
-        def started(worker: Worker) -> None:
-            resident.loading_worker = worker
-            if resident.unload_wanted.is_set():
-                worker.kill("it was unloaded while it loaded")
-
-        def progress(fraction: float) -> None:
-            resident.progress = fraction
-
-        def busy() -> int:
-            others = [other for other in self._residents.values() if other is not resident]
-            return sum(1 for other in others if other.in_flight)
-
-        record = self._catalog.get(resident.model_id)
-        watch = Watch(chosen=chosen, started=started, progress=progress, busy=busy)
-        instance = await self._loader.load(record, watch)
-        if resident.unload_wanted.is_set():
-            await self._loader.give_back(resident.model_id, instance, "it was unloaded")
-            raise Conflict(f"{resident.unique} was unloaded while it loaded")
-        return instance
-
-    async def _watch(self, resident: Resident, instance: Instance) -> None:
-        """Wait for the worker's end; one that nobody asked for is a crash."""
-        crash = await asyncio.shield(instance.worker.ended)
-        if crash is None:
-            return
-        await self._loader.give_back(resident.model_id, instance, "it crashed")
-        if resident.state is not ModelState.READY or resident.instance is not instance:
-            return  # an unload is under way, and puts the state right itself
-        # The state changes only now, and at once: until here others wait for this task, so that no
-        # second copy is loaded beside what the first one still holds.
-        resident.crashes.append(time.monotonic())
-        resident.instance = None
-        resident.last_error = crash.message
-        self._set_state(resident, ModelState.FAILED)
-
-    # asking
-
-    @contextlib.asynccontextmanager
-    async def generate(
-        self, record: ModelRecord, request: ChatRequest | CompleteRequest
-    ) -> AsyncIterator[AsyncIterator[Delta | Done]]:
-        """Hold the model, load it if need be, take a slot, and give the answers.
-
-        The model and the slot are held until the engine is done with the request, also when the
-        caller leaves early. Raises ModeldError; so do the answers.
+        `artifact` stands for its files where it has none yet. Raises ModeldError.
         """
+        files = described(record) if artifact is None else artifact
+        return await self._choice.plan(record, files, context_length=context_length, slots=slots)
 
-        async def typed(answers: AsyncIterator[Answer]) -> AsyncIterator[Delta | Done]:
-            async for answer in answers:
-                if not isinstance(answer, Delta | Done):
-                    raise EngineError(f"the engine answered with {type(answer).__name__}")
-                yield answer
+    def ram_bytes(self, record: ModelRecord) -> int:
+        """Return the RAM that a model takes or would take: measured, else estimated; 0: unknown."""
+        status = self.status(record.id)
+        return status.measured_bytes or status.estimate_bytes or self._choice.about(record)
 
-        async with self._ask(record, request) as answers:
-            yield typed(answers)
+    def could_ever(self, need_bytes: int, model_id: str) -> bool:
+        """Say whether a load of the model might get so much RAM once all others made room."""
+        return self._residency.admission.could_ever(need_bytes, model_id)
 
-    async def embed(self, record: ModelRecord, request: EmbedRequest) -> Embeddings:
-        """Return a vector for each input. Raises ModeldError."""
-        return await self._result(record, request, Embeddings)
+    @property
+    def critical(self) -> bool:
+        """Whether memory is so short that new requests wait."""
+        return self._residency.critical
 
-    async def rerank(self, record: ModelRecord, request: RerankRequest) -> Scores:
-        """Return a score for each document. Raises ModeldError."""
-        return await self._result(record, request, Scores)
+    def changed(self, record: ModelRecord) -> None:
+        """Heed what was changed in a model's record."""
+        self._residency.changed(record)
 
-    async def classify(self, record: ModelRecord, request: ClassifyRequest) -> Classes:
-        """Return the labels of each input. Raises ModeldError."""
-        return await self._result(record, request, Classes)
+    async def load(self, record: ModelRecord, terms: Terms = _USUAL) -> None:
+        """Have the model in memory, until it is unloaded or has to make room. Raises ModeldError.
 
-    async def _result(self, record: ModelRecord, request: Request, expected: type[T]) -> T:
-        async with self._ask(record, request) as answers:
-            async for answer in answers:
-                if isinstance(answer, expected):
-                    return answer
-        raise EngineError("the engine ended the request without a result")
-
-    @contextlib.asynccontextmanager
-    async def _ask(
-        self, record: ModelRecord, request: Request
-    ) -> AsyncIterator[AsyncIterator[Answer]]:
-        resident = self._resident(record)
-        if resident.waiting >= self._settings.queue_limit:
-            raise QueueFull(
-                f"{resident.waiting} requests wait for {resident.unique} already "
-                "([models] queue_limit)",
-                retry_after_s=5,
-            )
-        resident.in_flight += 1
-        try:
-            instance = await self._slot(resident)
-        except BaseException:
-            resident.in_flight -= 1
-            raise
-        try:
-            request_id, entry = instance.worker.submit(request)
-        except BaseException:
-            self._finished(resident, instance)
-            raise
-        # The slot is free when the engine says so: not before, when the client has left already,
-        # and not after, when a client that is slow to read has yet to be served.
-        entry.finished.add_done_callback(lambda _: self._finished(resident, instance))
-        try:
-            yield instance.worker.answers(entry)
-        finally:
-            if not entry.finished.done():
-                await asyncio.shield(self._task(instance.worker.cancel(request_id)))
-
-    async def _slot(self, resident: Resident) -> Instance:
-        """Return a live instance with a slot taken in it, in the order of asking."""
-        resident.waiting += 1
-        unloads = resident.unloads
-        try:
-            while True:
-                if resident.unloads != unloads:
-                    raise Conflict(f"{resident.unique} was unloaded while this request waited")
-                instance = await self._ensure_ready(resident)
-                await instance.slots.acquire()
-                if (
-                    resident.instance is instance
-                    and instance.alive
-                    and (resident.state is ModelState.READY)
-                ):
-                    instance.running += 1
-                    instance.idle.clear()
-                    return instance
-                instance.slots.release()  # it went while this request waited: start over
-        finally:
-            resident.waiting -= 1
-
-    def _finished(self, resident: Resident, instance: Instance) -> None:
-        """Free what a request held, now that the engine is done with it."""
-        resident.in_flight -= 1
-        instance.slots.release()
-        instance.running -= 1
-        if instance.running == 0:
-            instance.idle.set()
-        if resident.in_flight == 0 and resident.state is ModelState.READY:
-            self._task(self._measure(resident, instance))
-
-    async def _measure(self, resident: Resident, instance: Instance) -> None:
-        measured = await self._loader.measure(instance)
-        if resident.instance is instance:  # else the booking is another one's by now
-            self._ledger.measured(resident.model_id, measured)
-
-    # unloading
+        With a `keep_alive_s` it stays for that long instead.
+        """
+        _check_context(record, terms)
+        resident = self._residency.of(record)
+        ticket = self._residency.ticket(resident, LOAD, terms)
+        with self._listed(ticket):
+            await self._check_longer(record, resident, ticket)
+            await self._residency.turn(resident, ticket)
 
     async def unload(self, model_id: str) -> None:
-        """Have the model out of memory, every byte of it, once this returns.
-
-        Work in flight gets a few seconds and is then ended with an error that says why; so are
-        requests that still wait. One that comes later loads the model again.
-        """
-        resident = self._residents.get(model_id)
-        if resident is None:
-            return
-        resident.unloads += 1
-        if resident.state is ModelState.LOADING:
-            resident.unload_wanted.set()
-            if resident.loading_worker is not None:
-                resident.loading_worker.kill("it was unloaded while it loaded")
-            await self._settled(resident.load_task)
-        elif resident.state is ModelState.READY and resident.instance is not None:
-            self._set_state(resident, ModelState.UNLOADING)
-            resident.unload_task = self._task(self._unload(resident, resident.instance))
-        if resident.state is ModelState.UNLOADING:
-            await self._settled(resident.unload_task)
-        elif resident.state is ModelState.FAILED:
-            resident.last_error = ""
-            self._set_state(resident, ModelState.UNLOADED)
-
-    async def _unload(self, resident: Resident, instance: Instance) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DRAIN_S):
-                await instance.idle.wait()
-        reason = _STOPPING if self._closing else _ENDED_BY_UNLOAD
-        await self._loader.give_back(resident.model_id, instance, reason)
-        resident.instance = None
-        self._set_state(resident, ModelState.UNLOADED)
+        """Have the model out of memory, every byte of it, once this returns: see Residency."""
+        await self._residency.unload(model_id)
 
     async def unload_all(self) -> None:
         """Unload every model."""
-        await asyncio.gather(*(self.unload(model_id) for model_id in list(self._residents)))
+        await asyncio.gather(*map(self.unload, list(self._residency.residents)))
 
     async def delete_files(self, record: ModelRecord) -> None:
         """Unload the model and remove its files from the store. Raises Conflict while it is busy.
 
         A file that was imported by reference stays where it is.
         """
-        resident = self._residents.get(record.id)
-        if resident is not None and resident.in_flight:
+        in_flight = self.status(record.id).in_flight
+        if in_flight:
             raise Conflict(
-                f"{record.unique} is answering {resident.in_flight} requests: try again when it "
-                "is idle"
+                f"{record.unique} is answering {in_flight} requests: try again when it is idle"
             )
         self._catalog.update(record.id, artifact=None)  # from here on nobody can load it
         await self.unload(record.id)
@@ -386,32 +203,364 @@ class ModelManager:
 
     def forget(self, model_id: str) -> None:
         """Drop what is remembered of a model that was removed from the catalog."""
-        self._residents.pop(model_id, None)
+        self._residency.forget(model_id)
 
     async def close(self) -> None:
         """Unload everything, load nothing more, and wait for what still runs."""
-        self._closing = True
-        await self.unload_all()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._residency.close()
 
-    def _set_state(self, resident: Resident, state: ModelState) -> None:
-        booked = self._ledger.reservations.get(resident.model_id)
-        log.info(
-            "model=%s state=%s→%s reserved_bytes=%d %s",
-            resident.unique,
-            resident.state,
-            state,
-            booked.reserved_bytes if booked else 0,
-            f"error={resident.last_error!r}" if state is ModelState.FAILED else "",
+    # requests
+
+    def requests(self) -> list[RequestStatus]:
+        """Return every request that waits or runs, the oldest first."""
+        return [self._shown(key, ticket) for key, ticket in self._tickets.items()]
+
+    def request(self, request_id: str) -> RequestStatus | None:
+        """Return a request that waits or runs, or None."""
+        ticket = self._tickets.get(request_id)
+        return None if ticket is None else self._shown(request_id, ticket)
+
+    @staticmethod
+    def _shown(key: str, ticket: Ticket) -> RequestStatus:
+        now = asyncio.get_running_loop().time()
+        return RequestStatus(
+            id=key,
+            model=ticket.unique,
+            kind=ticket.kind,
+            priority=ticket.terms.priority,
+            state="waiting" if ticket.started is None else "running",
+            asked_at=ticket.asked_at,
+            age_s=now - ticket.arrived,
+            running_s=now - ticket.started if ticket.started is not None else 0.0,
+            pieces=ticket.pieces,
         )
-        resident.state = state
-        self._catalog.changed(resident.model_id)
 
-    def _task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run `coroutine` in a task that is kept, and whose error is fetched."""
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
+    def kill(self, request_id: str) -> None:
+        """End a request, whether it waits or runs. Raises RequestNotFound."""
+        ticket = self._tickets.get(request_id)
+        if ticket is None:
+            raise RequestNotFound(
+                f"no request {request_id!r} waits or runs; `modeld ps` shows all that do"
+            )
+        self._residency.end(ticket, Conflict("the request was killed", should_retry=False))
+
+    def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """Call `listener` with the id of each request that comes, gets its turn or ends.
+
+        Return what ends that.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _tell(self, ticket: Ticket) -> None:
+        for listener in tuple(self._listeners):
+            listener(str(ticket.number))
+
+    @contextlib.contextmanager
+    def _listed(self, ticket: Ticket) -> Iterator[None]:
+        key = str(ticket.number)
+        self._tickets[key] = ticket
+        self._tell(ticket)
+        try:
+            yield
+        finally:
+            del self._tickets[key]
+            self._tell(ticket)
+
+    @contextlib.asynccontextmanager
+    async def generate(
+        self, record: ModelRecord, request: ChatRequest | CompleteRequest, terms: Terms = _USUAL
+    ) -> AsyncIterator[AsyncIterator[Delta | Done]]:
+        """Hold the model, load it if need be, take a slot, and give the answers.
+
+        The first answer is there once this begins. The model and the slot are held until the engine
+        is done with the request, also when the caller leaves early. Raises ModeldError; so do the
+        answers.
+        """
+
+        async def typed(answers: AsyncIterator[Answer]) -> AsyncIterator[Delta | Done]:
+            async for answer in answers:
+                if not isinstance(answer, Delta | Done):
+                    raise EngineError(f"the engine answered with {type(answer).__name__}")
+                yield answer
+
+        async with self._ask(record, request, terms) as answers:
+            yield typed(answers)
+
+    async def embed(
+        self, record: ModelRecord, request: EmbedRequest, terms: Terms = _USUAL
+    ) -> Embeddings:
+        """Return a vector for each input. Raises ModeldError."""
+        return await self._result(record, request, terms, Embeddings)
+
+    async def rerank(
+        self, record: ModelRecord, request: RerankRequest, terms: Terms = _USUAL
+    ) -> Scores:
+        """Return a score for each document. Raises ModeldError."""
+        return await self._result(record, request, terms, Scores)
+
+    async def classify(
+        self, record: ModelRecord, request: ClassifyRequest, terms: Terms = _USUAL
+    ) -> Classes:
+        """Return the labels of each input. Raises ModeldError."""
+        return await self._result(record, request, terms, Classes)
+
+    async def count(
+        self, record: ModelRecord, request: ChatRequest, terms: Terms = _USUAL
+    ) -> Count:
+        """Return how many tokens the prompt of a chat has. Raises ModeldError."""
+        return await self._result(record, CountRequest(chat=request), terms, Count)
+
+    async def _result(
+        self, record: ModelRecord, request: Request, terms: Terms, expected: type[T]
+    ) -> T:
+        async with self._ask(record, request, terms) as answers:
+            async for answer in answers:
+                if isinstance(answer, expected):
+                    return answer
+        raise EngineError("the engine ended the request without a result")
+
+    def _check_welcome(self, resident: Resident) -> None:
+        """Raise ModelNotLoaded or QueueFull if no request may ask a model now."""
+        if not self._settings.load_on_demand and resident.state not in _THERE:
+            raise ModelNotLoaded(
+                f"{resident.unique} is not in memory, and requests load no models here ([models] "
+                f"load_on_demand): load it first, as with `modeld load {resident.unique}`"
+            )
+        if resident.waiting >= self._settings.queue_limit:
+            raise QueueFull(
+                f"{resident.waiting} requests wait for {resident.unique} already "
+                "([models] queue_limit)",
+                retry_after_s=5,
+            )
+
+    @contextlib.asynccontextmanager
+    async def _ask(
+        self, record: ModelRecord, request: Request, terms: Terms
+    ) -> AsyncIterator[AsyncIterator[Answer]]:
+        _check_context(record, terms)
+        resident = self._residency.of(record)
+        self._check_welcome(resident)
+        ticket = self._residency.ticket(resident, needed_task(request), terms)
+        whole = not self._settings.context_length and not record.cloud
+        exceeded: ContextLengthExceeded | None = None
+        with self._listed(ticket):
+            await self._check_longer(record, resident, ticket)
+            while True:
+                try:
+                    instance = await self._residency.turn(resident, ticket)
+                except InsufficientMemory as error:
+                    if exceeded is None or error.retry_after_s is not None:
+                        raise
+                    if not whole:
+                        raise _no_longer(exceeded, error.message) from error
+                    whole, ticket.needs_context = False, terms.context_length or 0
+                    ticket.again()
+                    continue
+                asked = _wanted_whole(request) if whole else request
+                self._tell(ticket)
+                async with self._running(resident, instance, ticket, asked) as answers:
+                    try:
+                        first = await anext(answers)
+                    except ContextLengthExceeded as error:
+                        exceeded = error
+                    else:
+                        yield _with_first(first, answers)
+                        return
+                with _held(resident):
+                    try:
+                        await self._want_longer(
+                            record, instance, ticket, exceeded, _answer_tokens(request, whole=whole)
+                        )
+                    except ContextLengthExceeded:
+                        if not whole:
+                            raise
+                        whole = False  # then the answer may be shorter than it might
+                ticket.again()
+
+    @contextlib.asynccontextmanager
+    async def _running(
+        self, resident: Resident, instance: Instance, ticket: Ticket, request: Request
+    ) -> AsyncIterator[AsyncIterator[Answer]]:
+        """Have the engine work on a request whose turn it is; end that if the caller leaves."""
+        worker = instance.worker
+        try:
+            request_id, entry = worker.submit(request)
+        except BaseException:
+            self._residency.finished(resident, instance, ticket)
+            raise
+        # The slot is free when the engine says so: not before, when the client has left already,
+        # and not after, when a client that is slow to read has yet to be served.
+        entry.finished.add_done_callback(
+            lambda _: self._residency.finished(resident, instance, ticket)
+        )
+        ticket.cancel = partial(worker.cancel, request_id)
+        limit_s = self._settings.max_run_s
+        limit = None
+        if limit_s:
+            error = RequestTimeout(
+                f"the request ran for {limit_s} s, the longest that one may ([models] max_run_s)",
+                should_retry=False,
+            )
+            loop = asyncio.get_running_loop()
+            limit = loop.call_later(limit_s, self._residency.end, ticket, error)
+        try:
+            yield _told(ticket, worker.answers(entry), partial(_notice, request, instance))
+        finally:
+            if limit is not None:
+                limit.cancel()
+            if not entry.finished.done():
+                await asyncio.shield(asyncio.ensure_future(worker.cancel(request_id)))
+
+    async def _want_longer(
+        self,
+        record: ModelRecord,
+        instance: Instance,
+        ticket: Ticket,
+        exceeded: ContextLengthExceeded,
+        answer: int,
+    ) -> None:
+        """Have the ticket ask for a context that its prompt fits, and so many tokens after it.
+
+        No other model leaves if only the answer's length asks for that. Raises
+        ContextLengthExceeded if there is none.
+        """
+        has, most = instance.context_length, instance.artifact.context_length
+        tokens = exceeded.tokens
+        if tokens is None or most <= has:
+            raise exceeded
+        if tokens >= most:
+            raise _no_longer(exceeded, f"the model itself has {most}")
+        least = min(most, _rounded(tokens + max(answer, _LEAST_ANSWER)))
+        if has >= least:  # it was loaded for as much, and its engine can't
+            raise exceeded
+        try:
+            need = await self._least_bytes(record, least)
+        except ModeldError as error:
+            raise _no_longer(exceeded, error.message) from error
+        if not self._could(need, record.id, soft=tokens < has):
+            raise _no_longer(
+                exceeded,
+                f"the model has {most}, but {least} of them take {size(need)}, and all models "
+                f"together may take {size(self._ledger.budget_bytes)}",
+            )
+        ticket.needs_context, ticket.needs_bytes = least, need
+        # What else there is memory for, so that the next turns fit too.
+        roomy = min(most, max(2 * has, _power_of_two(tokens + _ANSWER)))
+        resident = self._residency.of(record)
+        resident.wish = max(resident.wish, roomy)
+
+    def _could(self, need_bytes: int, model_id: str, *, soft: bool) -> bool:
+        if soft:
+            return need_bytes <= self._ledger.book().room({model_id})
+        return self.could_ever(need_bytes, model_id)
+
+    async def _check_longer(self, record: ModelRecord, resident: Resident, ticket: Ticket) -> None:
+        """See what it would take to load a model anew for a ticket that asks for a longer context.
+
+        Raises InsufficientMemory if there can't be so much: what is loaded stays then.
+        """
+        instance, wanted = resident.instance, ticket.needs_context
+        if instance is None or wanted <= instance.context_length:
+            return
+        with _held(resident):
+            ticket.needs_bytes = await self._least_bytes(record, wanted)
+        if not self.could_ever(ticket.needs_bytes, record.id):
+            raise InsufficientMemory(
+                f"{record.unique} with a context of {wanted} tokens needs "
+                f"{size(ticket.needs_bytes)}, and all models together may take "
+                f"{size(self._ledger.budget_bytes)}; it is loaded with "
+                f"{instance.loaded.context_length}",
+                should_retry=False,
+            )
+
+    async def _least_bytes(self, record: ModelRecord, context_length: int) -> int:
+        """Return what a load with so long a context takes at least. Raises ModeldError."""
+        planned = await self.plan(record, context_length=context_length)
+        return min(step.total_bytes for step in (planned.estimate, *planned.smaller))
+
+
+@contextlib.contextmanager
+def _held(resident: Resident) -> Iterator[None]:
+    """Hold a model for a request that is neither in its queue nor runs."""
+    resident.between += 1
+    try:
+        yield
+    finally:
+        resident.between -= 1
+
+
+def _no_longer(exceeded: ContextLengthExceeded, why: str) -> ContextLengthExceeded:
+    """Return the error for a prompt that a longer context would hold, and why there is none."""
+    return ContextLengthExceeded(f"{exceeded.message}; {why}", tokens=exceeded.tokens)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _STEP) * _STEP
+
+
+def _check_context(record: ModelRecord, terms: Terms) -> None:
+    """Raise InvalidRequest for a context that the model does not have."""
+    most = record.artifact.context_length if record.artifact is not None else 0
+    if terms.context_length and most and terms.context_length > most:
+        raise InvalidRequest(
+            f"context_length: {record.unique} has a context of {most} tokens at most",
+            param="context_length",
+        )
+
+
+def _wanted_whole(request: Request) -> Request:
+    """Return the request as one whose answer is to have all the room that it may take."""
+    if isinstance(request, ChatRequest | CompleteRequest):
+        return replace(request, sampling=replace(request.sampling, whole=True))
+    return request
+
+
+def _answer_tokens(request: Request, *, whole: bool) -> int:
+    """Return how many tokens the answer is to have room for, 0 if it may be cut short."""
+    if whole and isinstance(request, ChatRequest | CompleteRequest):
+        return request.sampling.max_tokens or 0
+    return 0
+
+
+def _notice(request: Request, instance: Instance, done: Done) -> str:
+    """Say, for a person, what was not as it was asked for."""
+    notices = [done.notice, instance.reduced]
+    context_length = instance.loaded.context_length
+    if done.finish_reason == "length" and context_length:
+        most = getattr(getattr(request, "sampling", None), "max_tokens", None)
+        if most is None or done.usage.completion_tokens < most:
+            notices.append(
+                f"the answer ends here since the context of {context_length} tokens is full; the "
+                f"prompt has {done.usage.prompt_tokens}"
+            )
+    return "; ".join(notice for notice in notices if notice)
+
+
+async def _with_first(first: Answer, rest: AsyncIterator[Answer]) -> AsyncIterator[Answer]:
+    yield first
+    async for answer in rest:
+        yield answer
+
+
+async def _told(
+    ticket: Ticket, answers: AsyncIterator[Answer], notice: Callable[[Done], str]
+) -> AsyncIterator[Answer]:
+    """Yield the answers, counted; those of a request that was ended from outside end with why."""
+    try:
+        async for answer in answers:
+            ticket.pieces += isinstance(answer, Delta)
+            if isinstance(answer, Done):
+                if answer.finish_reason == "cancelled" and ticket.ended_by is not None:
+                    raise ticket.ended_by
+                yield replace(answer, notice=notice(answer))
+            else:
+                yield answer
+    except ModeldError as error:
+        if ticket.ended_by is not None and error is not ticket.ended_by:
+            raise ticket.ended_by from error
+        raise

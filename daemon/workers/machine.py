@@ -56,6 +56,14 @@ class Machine:
             self._known = asking.result()
         return self._known
 
+    async def gpu_use(self, pid: int) -> dict[str, int]:
+        """Return what a process has of GPUs' own memory now, by `Gpu.id`, where that is told."""
+        if not self._own.gpus and not nvidia.expected(self._root):
+            return {}
+        seen = (await self.look()).gpus
+        told = {gpu.id: gpu.processes[pid] for gpu in seen if pid in gpu.processes}
+        return await asyncio.to_thread(hardware.gpu_bytes, pid, self._root) | told
+
     async def _looked(self) -> Hardware:
         if not nvidia.expected(self._root):
             return await asyncio.to_thread(hardware.detect, self._root)

@@ -21,17 +21,19 @@ _EXIT_GRACE_S = 5.0  # between the end of its channel and the end of a process
 log = logging.getLogger(__name__)
 
 Answer = contract.Answer
+Saved = tuple[contract.SavedConversation, ...]
 _MESSAGES: dict[type[contract.Request], type[wire.Ask]] = {
     contract.ChatRequest: wire.Chat,
     contract.CompleteRequest: wire.Complete,
     contract.EmbedRequest: wire.Embed,
     contract.RerankRequest: wire.Rerank,
     contract.ClassifyRequest: wire.Classify,
+    contract.CountRequest: wire.Count,
 }
 
 
-def error_from(code: str, message: str) -> errors.ModeldError:
-    """Return the daemon's error for what a backend reported."""
+def error_from(code: str, message: str, tokens: int | None = None) -> errors.ModeldError:
+    """Return the daemon's error for what a backend reported; `tokens` is a prompt's length."""
     kinds: dict[str, type[errors.ModeldError]] = {
         cls.code: cls
         for cls in (
@@ -43,6 +45,8 @@ def error_from(code: str, message: str) -> errors.ModeldError:
         )
     }
     kind = kinds.get(code, errors.EngineError)
+    if kind is errors.ContextLengthExceeded:
+        return errors.ContextLengthExceeded(message, tokens=tokens)
     return kind(message, retry_after_s=5 if kind is errors.QueueFull else None)
 
 
@@ -54,10 +58,10 @@ class Request:
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def finish(self, last: Answer | errors.ModeldError) -> None:
-        """Deliver the last answer."""
-        self.answers.put_nowait(last)
+        """Deliver the last answer. Whoever takes it finds the slot free already."""
         if not self.finished.done():
             self.finished.set_result(None)
+        self.answers.put_nowait(last)
 
 
 class Worker:
@@ -71,6 +75,7 @@ class Worker:
         self.name = name
         self.pid = child.pid
         self._requests: dict[int, Request] = {}
+        self._saves: dict[int, asyncio.Future[Saved]] = {}
         self._ids = itertools.count(1)
         self._loaded: asyncio.Future[contract.LoadedModel] = (
             asyncio.get_running_loop().create_future()
@@ -145,6 +150,30 @@ class Worker:
             self._child.kill()
             await asyncio.wait([self.ended])
 
+    async def save_state(self, folder: Path, *, limit_bytes: int, timeout_s: float) -> Saved:
+        """Have the conversations written into `folder`, at most `limit_bytes` together.
+
+        To be called when no request is in flight. Raises EngineError, also after `timeout_s`, and
+        WorkerCrashed or Conflict if the worker ends.
+        """
+        save_id = next(self._ids)
+        saved: asyncio.Future[Saved] = asyncio.get_running_loop().create_future()
+        self._saves[save_id] = saved
+        try:
+            self._child.send(
+                wire.SaveState(id=save_id, folder=str(folder), limit_bytes=limit_bytes)
+            )
+            if self._child.exited.done():
+                raise self._ending()
+            async with asyncio.timeout(timeout_s):
+                return await saved
+        except TimeoutError:
+            raise errors.EngineError(
+                f"{self.name} did not save its conversations within {timeout_s:g} s"
+            ) from None
+        finally:
+            del self._saves[save_id]
+
     async def stop(self, reason: str) -> None:
         """End the process. Requests in flight fail with a Conflict that gives `reason`."""
         self._stop_reason = self._stop_reason or reason
@@ -163,27 +192,40 @@ class Worker:
                     self._progress(message.fraction)
                 case wire.Loaded() if not self._loaded.done():
                     self._loaded.set_result(message.model)
-                case wire.Delta() if message.id in self._requests:
-                    self._requests[message.id].answers.put_nowait(message.delta)
-                case wire.Done() | wire.Embedded() | wire.Reranked() | wire.Classified() if (
-                    message.id in self._requests
-                ):
-                    self._requests.pop(message.id).finish(message.result)
                 case wire.Error(id=None) if not self._loaded.done():
                     self._loaded.set_exception(error_from(message.code, message.message))
-                case wire.Error(id=int() as request_id):
-                    self._fail(request_id, error_from(message.code, message.message))
                 case _:
-                    log.debug("model=%s said %r", self.name, message)
+                    self._hear(message)
         # Its channel has ended, so it can't be asked anything any more.
         done, _ = await asyncio.wait([self._child.exited], timeout=_EXIT_GRACE_S)
         if not done:
             self._child.kill()
 
+    def _hear(self, message: wire.FromWorker) -> None:
+        """Take what belongs to one request; what nobody waits for any more is let go."""
+        match message:
+            case wire.Delta() if message.id in self._requests:
+                self._requests[message.id].answers.put_nowait(message.delta)
+            case (
+                wire.Done() | wire.Embedded() | wire.Reranked() | wire.Classified() | wire.Counted()
+            ) if message.id in self._requests:
+                self._requests.pop(message.id).finish(message.result)
+            case wire.StateSaved() if message.id in self._saves:
+                saving = self._saves[message.id]
+                if not saving.done():  # it may have been given up this moment
+                    saving.set_result(message.conversations)
+            case wire.Error(id=int() as request_id):
+                self._fail(request_id, error_from(message.code, message.message, message.tokens))
+            case _:
+                log.debug("model=%s said %r", self.name, message)
+
     def _fail(self, request_id: int, error: errors.ModeldError) -> None:
         request = self._requests.pop(request_id, None)
         if request is not None:
             request.finish(error)
+        saving = self._saves.get(request_id)
+        if saving is not None and not saving.done():
+            saving.set_exception(error)
 
     def _ending(self) -> errors.ModeldError:
         """Return what requests are told that the worker's end cut short."""
@@ -206,6 +248,6 @@ class Worker:
         if not self._loaded.done():
             self._loaded.set_exception(error)
             self._loaded.exception()  # `load` may have given up: then nobody asks
-        for request_id in list(self._requests):
+        for request_id in [*self._requests, *self._saves]:
             self._fail(request_id, error)
         return None if self._stop_reason else error

@@ -211,6 +211,29 @@ def test_what_is_not_there_is_not_counted(tmp_path):
     assert {key for key in read(tmp_path).metadata if key.startswith("modeld.")} == own
 
 
+def test_a_table_of_tokens_that_is_the_last_matrix_too_counts_as_one(tmp_path):
+    table = Tensor(name="token_embd.weight", dimensions=(32, 64), type=Q8_0)
+    output = Tensor(name="output.weight", dimensions=(32, 64), type=Q8_0)
+    write_gguf(tmp_path / "tied.gguf", MINIMAL, [table])
+    tied = folder.read(tmp_path, ["tied.gguf"]).describe(())
+    assert tied.metadata["modeld.matrix_bytes.Q8_0"] == 34 * 64
+    write_gguf(tmp_path / "own.gguf", MINIMAL, [table, output])
+    own = folder.read(tmp_path, ["own.gguf"]).describe(())
+    assert own.metadata["modeld.matrix_bytes.Q8_0"] == 34 * 64
+
+
+def test_what_decides_the_size_of_an_image_is_kept(tmp_path):
+    gguf(tmp_path / "m.gguf")
+    facts = {"clip.projector_type": "mlp", "clip.vision.image_size": 336}
+    facts |= {"clip.vision.patch_size": 14, "clip.vision.image_mean": [0.5]}
+    gguf(tmp_path / "e.gguf", CLIP | facts, 16)
+    metadata = read(tmp_path).metadata
+    assert metadata["modeld.mmproj.projector_type"] == "mlp"
+    assert metadata["modeld.mmproj.image_size"] == 336
+    assert metadata["modeld.mmproj.patch_size"] == 14
+    assert "modeld.mmproj.image_mean" not in metadata
+
+
 def test_a_newer_image_encoder_says_so_by_its_type(tmp_path):
     gguf(tmp_path / "m.gguf")
     gguf(tmp_path / "e.gguf", {"general.architecture": "other", "general.type": "mmproj"})

@@ -9,13 +9,13 @@ import sys
 import psutil
 import pytest
 
-from daemon.memory.measure import parse_smaps, worker_memory
+from daemon.memory.measure import parse_private, parse_smaps, private_bytes, worker_use
 
 MB = 1_000_000
 WEIGHTS = "/data/models/my model.gguf"
 
 
-def mapping(path: str, *, rss: int, anonymous: int = 0, flags: str = "r--p") -> str:
+def mapping(path: str, *, rss: int, anonymous: int = 0, swap: int = 0, flags: str = "r--p") -> str:
     """Return one mapping of /proc/PID/smaps, as the kernel writes it; sizes are in kB."""
     inode = 1234 if path.startswith("/") else 0
     return (
@@ -32,7 +32,8 @@ def mapping(path: str, *, rss: int, anonymous: int = 0, flags: str = "r--p") -> 
         f"LazyFree:              6 kB\n"
         f"AnonHugePages:      2048 kB\n"
         f"ShmemPmdMapped:        7 kB\n"
-        f"Swap:                  8 kB\n"
+        f"Swap:          {swap:>9} kB\n"
+        f"SwapPss:               9 kB\n"
         f"THPeligible:           0\n"
         f"VmFlags: rd mr mw me ac\n"
     )
@@ -40,7 +41,7 @@ def mapping(path: str, *, rss: int, anonymous: int = 0, flags: str = "r--p") -> 
 
 def used(*mappings: str, files: tuple[str, ...] = (WEIGHTS,)) -> int:
     """Return what these mappings count, in kB."""
-    return parse_smaps("".join(mappings).encode(), files) // 1024
+    return parse_smaps("".join(mappings).encode(), files).total_bytes // 1024
 
 
 def test_anonymous_memory_counts():
@@ -85,8 +86,25 @@ def test_mappings_do_not_run_into_each_other():
     )
 
 
+def test_what_is_swapped_out_is_still_its_own():
+    assert used(mapping("[heap]", rss=300, anonymous=300, swap=70)) == 370
+
+
+def test_what_is_shared_is_told_from_what_is_its_own():
+    text = mapping(WEIGHTS, rss=5000, anonymous=1200) + mapping("[heap]", rss=30, anonymous=30)
+    use = parse_smaps(text.encode(), (WEIGHTS, "/not/mapped"))
+    assert use.private_bytes == 1230 * 1024
+    assert use.files == {WEIGHTS: 3800 * 1024}
+
+
+def test_its_own_memory_alone_is_known_from_its_status():
+    status = b"Name:\tpython\nVmRSS:\t  900 kB\nRssAnon:\t  300 kB\nRssFile:\t  600 kB\nVmSwap:\t   5 kB\n"
+    assert parse_private(status) == 305 * 1024
+    assert parse_private(b"") == 0
+
+
 def test_nothing_is_zero():
-    assert parse_smaps(b"", (WEIGHTS,)) == 0
+    assert parse_smaps(b"", (WEIGHTS,)).total_bytes == 0
 
 
 # for real
@@ -120,16 +138,17 @@ def test_a_process_that_maps_20_mb_and_touches_30_mb_uses_50_mb_more(tmp_path):
         assert process.stdin is not None and process.stdout is not None
         try:
             assert process.stdout.readline() == "started\n"
-            bare = worker_memory(process.pid, files)
+            bare = worker_use(process.pid, files).total_bytes
             process.stdin.write("go\n")
             process.stdin.flush()
             assert process.stdout.readline() == "done\n"
-            grown = worker_memory(process.pid, files)
-            anonymous = worker_memory(process.pid, [])
+            use = worker_use(process.pid, files)
+            quick = private_bytes(process.pid)
         finally:
             process.kill()
-    assert grown - bare == pytest.approx(50 * MB, rel=0.1)
-    assert grown - anonymous == pytest.approx(20 * MB, rel=0.1)
+    assert use.total_bytes - bare == pytest.approx(50 * MB, rel=0.1)
+    assert use.files == {files[0]: pytest.approx(20 * MB, rel=0.1)}
+    assert quick == pytest.approx(use.private_bytes, rel=0.1)
     assert 0 < bare < 20 * MB
 
 
@@ -137,4 +156,5 @@ def test_a_process_that_has_gone_uses_nothing():
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait(timeout=10)
     assert not psutil.pid_exists(process.pid)
-    assert worker_memory(process.pid, []) == 0
+    assert worker_use(process.pid, []).total_bytes == 0
+    assert private_bytes(process.pid) == 0

@@ -7,13 +7,14 @@ reads weights. Model files are untrusted: see `graph`, `protobuf` and `configs` 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from backends import contract
 from daemon.artifacts import InvalidModelFile
+from daemon.artifacts.cursor import Reader
 from daemon.artifacts.onnx import configs, genai, graph
 from daemon.artifacts.onnx.configs import Configs
 from daemon.artifacts.onnx.graph import Graph, Port
@@ -49,8 +50,12 @@ class OnnxHeader:
     roles: tuple[tuple[str, str], ...]
 
 
-def read(folder: Path, names: Sequence[str]) -> OnnxHeader:
+def read(
+    folder: Path, names: Sequence[str], elsewhere: Mapping[str, Reader] | None = None
+) -> OnnxHeader:
     """Return what the ONNX model in `folder` says; `names` are the files that may belong to it.
+
+    Those that are `elsewhere` are read there: in the folder they only have their sizes.
 
     Blocks: reads the graph and some configuration, not the weights. When it returns, the data of
     each tensor lies inside a file of the model. Raises InvalidModelFile for everything else.
@@ -58,7 +63,10 @@ def read(folder: Path, names: Sequence[str]) -> OnnxHeader:
     model = _choose(folder, names)
     found = Configs(folder, names, model)
     tokenizer_bytes = found.check_tokenizer()
-    facts = graph.read(folder, model)
+    if elsewhere is not None:
+        facts = graph.read_from(elsewhere[model], folder, model)
+    else:
+        facts = graph.read(folder, model)
     beside = PurePosixPath(model).parent
     external = sorted(str(beside / location) for location in facts.external)
     if missing := [name for name in external if name not in names]:

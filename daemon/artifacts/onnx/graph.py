@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daemon.artifacts import InvalidModelFile
+from daemon.artifacts.cursor import OpenFile, Reader
 from daemon.artifacts.onnx.protobuf import BYTES, VARINT, Field, Message
 from daemon.artifacts.onnx.tensors import MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSORS, Tensors
 
@@ -52,6 +53,11 @@ class Graph:
         return next((port for port in self.outputs if port.name == name), None)
 
 
+def read_from(reader: Reader, folder: Path, name: str) -> Graph:
+    """Return what `read` would of a file that is elsewhere, with its data in `folder`."""
+    return _Walker(Message(reader, name), (folder / name).parent).model()
+
+
 def read(folder: Path, name: str) -> Graph:
     """Return what the graph of the ONNX file `name` in `folder` says.
 
@@ -65,8 +71,7 @@ def read(folder: Path, name: str) -> Graph:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidModelFile(f"{name} is not a regular file")
-        message = Message(descriptor, name, status.st_size)
-        return _Walker(message, (folder / name).parent).model()
+        return read_from(OpenFile(descriptor=descriptor, size_bytes=status.st_size), folder, name)
     except OSError as error:
         raise InvalidModelFile(f"{name} cannot be read: {error.strerror or error}") from error
     finally:

@@ -8,11 +8,11 @@ A message is a run of fields: a varint key (field number << 3 | wire type), then
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 from daemon.artifacts import InvalidModelFile
+from daemon.artifacts.cursor import Reader, read_at_least
 
 MAX_FIELDS = 4_000_000  # large graphs have some hundred thousand
 MAX_DEPTH = 32
@@ -45,10 +45,10 @@ class Message:
     (SIGBUS).
     """
 
-    def __init__(self, descriptor: int, name: str, size: int) -> None:
+    def __init__(self, reader: Reader, name: str) -> None:
         self.name = name
-        self.size = size
-        self._descriptor = descriptor
+        self.size = reader.size_bytes
+        self._reader = reader
         self._chunk = b""
         self._start = 0
         self._fields = 0
@@ -108,7 +108,7 @@ class Message:
         """Return the text of a field; messages call it `what`. Bytes outside UTF-8 are replaced."""
         if field.kind != BYTES or field.size_bytes > limit:
             self.fail(f"is damaged: {what} has {field.size_bytes} bytes, at most {limit} are read")
-        raw = os.pread(self._descriptor, field.size_bytes, field.start)
+        raw = read_at_least(self._reader, field.start, field.size_bytes, field.size_bytes)
         return raw.decode(errors="replace")
 
     def numbers(self, field: Field, limit: int) -> list[int]:
@@ -125,6 +125,6 @@ class Message:
 
     def _fill(self, at: int) -> None:
         self._start = at
-        self._chunk = os.pread(self._descriptor, _CHUNK_BYTES, at)
+        self._chunk = read_at_least(self._reader, at, 1, _CHUNK_BYTES)
         if not self._chunk:
             self.fail("has become shorter while it was read")
