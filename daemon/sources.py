@@ -13,14 +13,15 @@ UNIQUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
 _OWNER_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FORMS = (
-    "hf:owner/repo[:quant|/file][@revision], https://host/file.gguf, /path/to/file.gguf, "
+    "hf:owner/repo[:quant|/file|/folder/][@revision], https://host/file.gguf[#sha256=…], "
+    "/path/to/file.gguf, "
     "/path/to/folder/, package:DISTRIBUTION/FILE or package:DISTRIBUTION/FOLDER/"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubSource:
-    """A file of a Hugging Face repository, by its path or by a quantization in its name."""
+    """A model in a Hugging Face repository, by the path of its file or folder or a quantization."""
 
     repo: str
     file: str = ""
@@ -30,9 +31,10 @@ class HubSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UrlSource:
-    """One file at an http(s) address."""
+    """One file at an http(s) address, with the SHA-256 that it must have, or "" if nobody said."""
 
     url: str
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +92,31 @@ def _parse_hub(text: str) -> HubSource:
     return HubSource(repo=repo, quantization=tail[1:], revision=revision or "main")
 
 
+def _parse_url(text: str) -> UrlSource:
+    try:
+        parts = urlsplit(text)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named:
+        raise InvalidRequest(f"source {public(text)!r} is not an http(s) address")
+    url, _, fragment = text.partition("#")
+    if not fragment.startswith("sha256="):
+        return UrlSource(url=text)
+    sha256 = fragment.removeprefix("sha256=").lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise InvalidRequest(
+            f"source {public(text)!r}: what follows # must be sha256= and 64 hexadecimal digits"
+        )
+    return UrlSource(url=url, sha256=sha256)
+
+
 def parse(text: str) -> Source:
     """Return the source that `text` names. Raises InvalidRequest with the forms that exist."""
     if text.startswith("hf:"):
         return _parse_hub(text)
     if text.startswith(("https://", "http://")):
-        return UrlSource(url=text)
+        return _parse_url(text)
     if text.startswith("/"):
         return PathSource(path=text)
     if text.startswith("package:"):
@@ -127,8 +148,9 @@ def public(text: str) -> str:
     """Return a source as it may be shown: without the user, password and query of an address."""
     if not text.startswith(("https://", "http://")):
         return text
-    parts = urlsplit(text)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, _, rest = text.partition("://")
+    host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def name_for(source: Source) -> str:

@@ -3,28 +3,33 @@
     blobs/<sha256>          whole, verified files, each once
     models/<id>/<name>      hard links to blobs, under the names that engines want; a name may
                             have folders in it
-    partial/<id>/           what a download has so far
+    partial/<key>/          what is here of a file that is not whole: see `downloads.partial`
+    work/<id>/              a download's own folder
     scratch/<random>/       a worker's private directory
+    conversations/          what workers computed of conversations: see `models.conversations`
 
-The fetcher writes blobs, links and partials; the daemon removes them.
+The fetcher writes blobs, links, partial files and its own folder; the daemon removes them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from backends.contract import Artifact
 from daemon.errors import Conflict
 
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_FOLDERS = ("blobs", "models", "partial", "scratch")
+_KEY = re.compile(r"(u-)?[0-9a-f]{40,64}")
+_FOLDERS = ("blobs", "models", "partial", "work", "scratch")
 
 
 class Store:
@@ -36,7 +41,7 @@ class Store:
         for folder in _FOLDERS:
             (root / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         # No child of an earlier daemon lives on, so nobody uses what it left here any more.
-        for folder in ("scratch", "partial"):
+        for folder in ("scratch", "work"):
             shutil.rmtree(root / folder, ignore_errors=True)
             (root / folder).mkdir(mode=0o700)
 
@@ -44,6 +49,11 @@ class Store:
     def blobs(self) -> Path:
         """Where whole, verified files are, named by their SHA-256."""
         return self.root / "blobs"
+
+    @property
+    def conversations(self) -> Path:
+        """Where the state of conversations is, on the same file system as workers' folders."""
+        return self.root / "conversations"
 
     def _inside(self, folder: str, model_id: str) -> Path:
         if not _ID.fullmatch(model_id):
@@ -54,9 +64,18 @@ class Store:
         """Return the folder of a model's links."""
         return self._inside("models", model_id)
 
-    def partial_dir(self, model_id: str) -> Path:
-        """Return the folder of a model's unfinished download."""
-        return self._inside("partial", model_id)
+    def work_dir(self, model_id: str) -> Path:
+        """Return the folder of a model's download while it runs."""
+        return self._inside("work", model_id)
+
+    @property
+    def partials(self) -> Path:
+        """Where files are that are not whole."""
+        return self.root / "partial"
+
+    def unfinished(self) -> list[Path]:
+        """Return the folders of files that are not whole; what else is there is not ours."""
+        return [path for path in self.partials.iterdir() if _KEY.fullmatch(path.name)]
 
     def new_scratch(self) -> Path:
         """Make a private folder for one worker."""
@@ -66,22 +85,48 @@ class Store:
         """Remove a worker's folder."""
         shutil.rmtree(path, ignore_errors=True)
 
-    def drop_partial(self, model_id: str) -> None:
-        """Remove what an unfinished download left."""
-        shutil.rmtree(self.partial_dir(model_id), ignore_errors=True)
+    def drop_work(self, model_id: str) -> None:
+        """Remove what a download staged."""
+        shutil.rmtree(self.work_dir(model_id), ignore_errors=True)
 
-    def sweep(self, downloaded: Collection[str]) -> None:
-        """Remove what a kill left behind: links of models not in `downloaded`, blobs without links.
+    def drop_partial(self, key: str) -> bool:
+        """Remove what is here of a file that is not whole, unless a fetcher works on it: say so."""
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is no key of an unfinished file")
+        return discard(self.partials / key, self.root / "scratch")
+
+    def sweep(self, wanted: Collection[str]) -> None:
+        """Remove what a kill left behind: links of models not in `wanted`, blobs without links.
 
         Called before any child is started.
         """
         for links in (self.root / "models").iterdir():
-            if links.name not in downloaded:
+            if links.name not in wanted:
                 shutil.rmtree(links, ignore_errors=True)
         linked = _inodes(self.root / "models")
         for blob in self.blobs.iterdir():
             if blob.stat().st_ino not in linked:
                 blob.unlink()
+
+    def copy(self, artifact: Artifact, model_id: str, copy_id: str) -> Artifact:
+        """Give a new model the files of another, by hard links; return its artifact.
+
+        Files that are not in the store stay where they are. All appear in one step.
+        """
+        there, folder = self.model_dir(model_id), self.work_dir(copy_id) / "model"
+        files = []
+        for file in artifact.files:
+            path = Path(file.path)
+            if path.is_relative_to(there):
+                link = folder / path.relative_to(there)
+                link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                os.link(path, link)
+                path = self.model_dir(copy_id) / path.relative_to(there)
+            files.append(replace(file, path=str(path)))
+        if folder.is_dir():
+            folder.rename(self.model_dir(copy_id))
+        self.drop_work(copy_id)
+        return replace(artifact, files=tuple(files))
 
     def drop_model(self, model_id: str) -> None:
         """Remove a model's links, and every blob that no model links to any more."""
@@ -93,6 +138,34 @@ class Store:
             for blob in self.blobs.iterdir():
                 if (inode := blob.stat().st_ino) in inodes and inode not in linked:
                     blob.unlink()
+
+
+def discard(folder: Path, aside: Path) -> bool:
+    """Remove the folder of an unfinished file, at one go: nobody finds a part of it.
+
+    Who holds its `lock` goes on with it; then it stays, and the answer is False. `aside` is a
+    folder of the same file system for what is being removed.
+    """
+    try:
+        lock = (folder / "lock").open("ab")
+    except FileNotFoundError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return True
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        remove_at_once(folder, aside)
+    return True
+
+
+def remove_at_once(folder: Path, aside: Path) -> None:
+    """Remove a folder that others may look into: it goes in one step."""
+    with contextlib.suppress(FileNotFoundError):
+        gone = Path(tempfile.mkdtemp(dir=aside))
+        folder.rename(gone / folder.name)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _inodes(folder: Path) -> set[int]:

@@ -29,9 +29,14 @@ class Places:
     model: str = "one"
 
     @property
-    def partial_dir(self) -> Path:
-        """What a download has so far."""
-        return self.root / "partial" / self.model
+    def work_dir(self) -> Path:
+        """A download's own folder."""
+        return self.root / "work" / self.model
+
+    @property
+    def partials_dir(self) -> Path:
+        """What is here of files that are not whole."""
+        return self.root / "partial"
 
     @property
     def blobs_dir(self) -> Path:
@@ -109,16 +114,23 @@ class Fetcher:
         return {**kept, **home, **extra, "PYTHONPATH": path}
 
     def order(
-        self, source: str, *, endpoint: str = "http://127.0.0.1:1", offline: bool = False
+        self,
+        source: str,
+        *,
+        endpoint: str = "http://127.0.0.1:1",
+        offline: bool = False,
+        began: bool = False,
     ) -> None:
         """Send the Fetch."""
         message = Fetch(
             source=source,
-            partial_dir=str(self._places.partial_dir),
+            work_dir=str(self._places.work_dir),
+            partials_dir=str(self._places.partials_dir),
             blobs_dir=str(self._places.blobs_dir),
             model_dir=str(self._places.model_dir),
             hub_endpoint=endpoint,
             offline=offline,
+            began=began,
         )
         self.channel.sendall(wire.encode(message))
 
@@ -159,11 +171,12 @@ def fetch(
     *,
     endpoint: str = "http://127.0.0.1:1",
     offline: bool = False,
+    began: bool = False,
     environment: Mapping[str, str] | None = None,
     arguments: Sequence[str] = (),
     prefix: Sequence[str] = (),
 ) -> Outcome:
     """Run one download to its end."""
     with Fetcher(places, environment=environment, arguments=arguments, prefix=prefix) as child:
-        child.order(source, endpoint=endpoint, offline=offline)
+        child.order(source, endpoint=endpoint, offline=offline, began=began)
         return child.outcome()

@@ -12,14 +12,17 @@ Runs in a thread of its own, so that blocking and asyncio tests use it alike:
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import quote, unquote
 
 from aiohttp import web
@@ -29,13 +32,14 @@ _CHUNK_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One request as it arrived."""
+    """One request as it arrived; `port` is its sender's, the same for all of a connection."""
 
     method: str
     path: str
     host: str
     range: str
     authorization: str
+    port: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,6 +51,8 @@ class Faults:
     stall_at: int | None = None  # nothing comes after this; sets `LocalHub.stalled`
     corrupt_at: int | None = None  # one bit of this byte is wrong
     no_range: bool = False  # 200 and the whole file, whatever was asked for
+    no_size: bool = False  # neither a length nor a total
+    extra_bytes: int = 0  # sent after what was promised
     gated: int = 0  # 401 or 403 for files, unless `LocalHub.token` is shown
     status: int = 0  # this status for files
     redirect: str = "cdn"  # or "none", "host", "loop", "endless"
@@ -55,6 +61,12 @@ class Faults:
     etag_counter: bool = False  # each answer with an ETag of its own
     wrong_range: bool = False  # 206 with another part than the one asked for
     encoding: str = ""  # a Content-Encoding that was not asked for
+    retry_after: str = ""  # with `status` and `listing_status`
+    rate_limit: str = ""  # likewise: what is left of a quota, as RateLimit
+    listing_status: int = 0  # this status for listings, so many times
+    listing_times: int = -1
+    page: bool = False  # 200 and a web page, whatever was asked for, as of a network's login
+    times: int = -1  # how many answers with bytes this holds for; -1 is all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +74,29 @@ class _File:
     content: bytes | Path
 
     @property
-    def data(self) -> bytes:
-        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+    def size(self) -> int:
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+    def part(self, start: int, end: int) -> bytes:
+        if isinstance(self.content, bytes):
+            return self.content[start:end]
+        with self.content.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    def git_sha1(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % self.size + self.part(0, self.size)).hexdigest()
+
+    def digest(self, kind: str) -> str:
+        if isinstance(self.content, bytes):
+            return hashlib.new(kind, self.content).hexdigest()
+        return _digest(self.content, self.content.stat().st_mtime_ns, kind)
+
+
+@functools.lru_cache
+def _digest(path: Path, mtime_ns: int, kind: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +104,7 @@ class _Repo:
     commit: str
     revision: str
     files: dict[str, _File]
+    about: Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -83,9 +113,11 @@ class LocalHub:
 
     faults: Faults = field(default_factory=Faults)
     requests: list[Seen] = field(default_factory=list)
+    sent_bytes: int = 0  # of files, as they went into sockets with small buffers
     stalled: threading.Event = field(default_factory=threading.Event)
     token: str = ""
-    port: int = 0
+    port: int = 0  # set before it starts: this one
+    tls: ssl.SSLContext | None = None
     _repos: dict[str, _Repo] = field(default_factory=dict)
     _answers: int = 0
     _loop: asyncio.AbstractEventLoop | None = None
@@ -95,18 +127,28 @@ class LocalHub:
     @property
     def url(self) -> str:
         """The endpoint."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     @property
     def other_url(self) -> str:
         """The same server under another host's name."""
-        return f"http://localhost:{self.port}"
+        return self.url.replace("127.0.0.1", "localhost")
 
-    def add(self, repo: str, files: Mapping[str, bytes | Path], *, revision: str = "main") -> str:
-        """Serve a repository; return its commit. Every .gguf is in LFS, the rest is not."""
+    def add(
+        self,
+        repo: str,
+        files: Mapping[str, bytes | Path],
+        *,
+        revision: str = "main",
+        about: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Serve a repository; return its commit. Weights are in LFS, the rest is not.
+
+        `about` is what the hub says of it besides: `tags`, `cardData`.
+        """
         kept = {name: _File(content=content) for name, content in files.items()}
         commit = hashlib.sha1(repr((repo, sorted(kept))).encode()).hexdigest()
-        self._repos[repo] = _Repo(commit=commit, revision=revision, files=kept)
+        self._repos[repo] = _Repo(commit=commit, revision=revision, files=kept, about=about or {})
         return commit
 
     def file_url(self, repo: str, name: str) -> str:
@@ -144,8 +186,10 @@ class LocalHub:
         # A client that goes away, or a stop, ends even a handler that stalls on purpose.
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        listener = socket.create_server(("127.0.0.1", self.port))
+        # Little is on its way in buffers here: what was sent is what was received, or nearly.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _CHUNK_BYTES)
+        await web.SockSite(runner, listener, ssl_context=self.tls).start()
         self.port = runner.addresses[0][1]
         ready()
         await self._closing.wait()
@@ -159,6 +203,7 @@ class LocalHub:
                 host=request.host.partition(":")[0],
                 range=request.headers.get("Range", ""),
                 authorization=request.headers.get("Authorization", ""),
+                port=request.transport.get_extra_info("peername")[1] if request.transport else 0,
             )
         )
         parts = [unquote(part) for part in request.raw_path.partition("?")[0].split("/")[1:]]
@@ -195,24 +240,31 @@ class LocalHub:
         return held
 
     def _info(self, request: web.Request, repo: str, revision: str) -> web.Response:
+        if self.faults.listing_status and self.faults.listing_times:
+            self.faults.listing_times -= 1
+            return web.Response(status=self.faults.listing_status, headers=_when_again(self.faults))
         held = self._find(request, repo, revision)
         if isinstance(held, web.Response):
             return held
         siblings = [self._sibling(name, file) for name, file in held.files.items()]
         if request.query.get("blobs", "").lower() != "true":
             siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
-        return web.json_response({"id": repo, "sha": held.commit, "siblings": siblings})
+        return web.json_response(
+            {"id": repo, "sha": held.commit, "siblings": siblings, **held.about}
+        )
 
     def _sibling(self, name: str, file: _File) -> dict[str, object]:
         size = self._listed(file)
         facts: dict[str, object] = {"rfilename": name, "size": size, "blobId": "0" * 40}
-        if name.endswith(".gguf"):
-            facts["lfs"] = {"sha256": file.sha256, "size": size, "pointerSize": 134}
+        if not name.endswith((".gguf", ".onnx", ".bin")):
+            facts["blobId"] = file.git_sha1()
+        else:
+            facts["lfs"] = {"sha256": file.digest("sha256"), "size": size, "pointerSize": 134}
         return facts
 
     def _listed(self, file: _File) -> int:
         listed = self.faults.listed_bytes
-        return len(file.data) if listed is None else listed
+        return file.size if listed is None else listed
 
     async def _resolve(
         self, request: web.Request, repo: str, revision: str, name: str
@@ -241,54 +293,77 @@ class LocalHub:
             target,
             {
                 "X-Repo-Commit": held.commit,
-                "X-Linked-Etag": f'"{file.sha256}"',
+                "X-Linked-Etag": f'"{file.digest("sha256")}"',
                 "X-Linked-Size": str(self._listed(file)),
             },
         )
 
     async def _send(self, request: web.Request, file: _File, *, linked: bool) -> web.StreamResponse:
-        faults, data = self.faults, file.data
+        faults, size = self._now(request), file.size
         if faults.status and request.method == "GET":
-            return web.Response(status=faults.status)
+            return web.Response(status=faults.status, headers=_when_again(faults))
+        if faults.page and request.method == "GET":
+            return web.Response(text="<html>Log in</html>", content_type="text/html")
         self._answers += 1
         # As in reality, the storage's ETag is not the file's hash.
-        etag = file.sha256 if linked else hashlib.md5(data).hexdigest()
+        etag = file.digest("sha256" if linked else "md5")
         headers = {"ETag": f'"{etag}{self._answers if faults.etag_counter else ""}"'}
         if faults.encoding:
             headers["Content-Encoding"] = faults.encoding
-        claimed = len(data) if faults.served_bytes is None else faults.served_bytes
+        claimed = size if faults.served_bytes is None else faults.served_bytes
         first, last = _asked(request.headers.get("Range", ""), claimed)
         partial = bool(request.headers.get("Range")) and not faults.no_range
         if partial:
             shown = first + 1 if faults.wrong_range else first
-            headers["Content-Range"] = f"bytes {shown}-{last}/{claimed}"
+            total = "*" if faults.no_size else claimed
+            headers["Content-Range"] = f"bytes {shown}-{last}/{total}"
         else:
             first, last = 0, claimed - 1
-        headers["Content-Length"] = str(last + 1 - first)
+        if not faults.no_size:
+            headers["Content-Length"] = str(last + 1 - first + faults.extra_bytes)
         response = web.StreamResponse(status=206 if partial else 200, headers=headers)
         await response.prepare(request)
         if request.method == "GET":
-            await self._body(request, response, data, first, last + 1)
+            await self._body(request, response, file, faults, first, last + 1)
         return response
 
-    async def _body(
-        self, request: web.Request, response: web.StreamResponse, data: bytes, at: int, end: int
-    ) -> None:
+    def _now(self, request: web.Request) -> Faults:
+        """Return what goes wrong with this answer."""
         faults = self.faults
-        if faults.corrupt_at is not None:
-            flipped = bytes([data[faults.corrupt_at] ^ 1])
-            data = data[: faults.corrupt_at] + flipped + data[faults.corrupt_at + 1 :]
+        if request.method == "GET" and faults.times >= 0:
+            if faults.times == 0:
+                return Faults(rate_bytes_s=faults.rate_bytes_s, redirect=faults.redirect)
+            faults.times -= 1
+        return faults
+
+    async def _body(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        file: _File,
+        faults: Faults,
+        at: int,
+        end: int,
+    ) -> None:
+        if request.transport is not None:
+            request.transport.set_write_buffer_limits(high=0)
         stops = [stop for stop in (faults.truncate_at, faults.stall_at) if stop is not None]
-        until = min([end, len(data), *stops])
+        until = min([end, file.size, *stops])
         while at < until:
-            chunk = data[at : min(at + _CHUNK_BYTES, until)]
+            chunk = file.part(at, min(at + _CHUNK_BYTES, until))
+            if faults.corrupt_at is not None and at <= faults.corrupt_at < at + len(chunk):
+                place = faults.corrupt_at - at
+                chunk = chunk[:place] + bytes([chunk[place] ^ 1]) + chunk[place + 1 :]
             await response.write(chunk)
+            self.sent_bytes += len(chunk)
             at += len(chunk)
             if faults.rate_bytes_s:
                 await asyncio.sleep(len(chunk) / faults.rate_bytes_s)
         if faults.stall_at is not None:
             self.stalled.set()
             await asyncio.Event().wait()
+        if faults.extra_bytes:
+            await response.write(bytes(faults.extra_bytes))
         if at < end and request.transport is not None:
             request.transport.close()
 
@@ -297,6 +372,11 @@ def _asked(text: str, size: int) -> tuple[int, int]:
     """Return the first and the last byte that a Range header asks for."""
     first, _, last = text.removeprefix("bytes=").partition("-")
     return int(first or 0), min(int(last), size - 1) if last else size - 1
+
+
+def _when_again(faults: Faults) -> dict[str, str]:
+    said = {"Retry-After": faults.retry_after, "RateLimit": faults.rate_limit}
+    return {name: text for name, text in said.items() if text}
 
 
 def _redirect(target: str, headers: Mapping[str, str] | None = None) -> web.Response:

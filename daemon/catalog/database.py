@@ -6,6 +6,7 @@ hear of every change, so that APIs can push it on.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable
@@ -15,19 +16,37 @@ from typing import Any, Protocol
 
 import msgspec
 
-from daemon.catalog.record import ModelRecord, SeedRecord
+from daemon.catalog.record import KeptDownload, Measurement, ModelRecord, SeedRecord
 from daemon.errors import ConfigError, Conflict, InvalidRequest, ModelNotFound
 from daemon.sources import UNIQUE_NAME, public
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE models (
-    id TEXT PRIMARY KEY,
-    unique_name TEXT NOT NULL UNIQUE,
-    record TEXT NOT NULL
-) STRICT;
-CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-"""
+# What brings a database from each version to the next.
+_MIGRATIONS = (
+    """
+    CREATE TABLE models (
+        id TEXT PRIMARY KEY,
+        unique_name TEXT NOT NULL UNIQUE,
+        record TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    """,
+    """
+    CREATE TABLE measurements (
+        files TEXT NOT NULL,
+        backend TEXT NOT NULL,
+        version TEXT NOT NULL,
+        settings TEXT NOT NULL,
+        measurement TEXT NOT NULL,
+        PRIMARY KEY (files, backend, version, settings)
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE downloads (model_id TEXT PRIMARY KEY, download TEXT NOT NULL) STRICT;
+    """,
+)
+SCHEMA_VERSION = len(_MIGRATIONS)
+_MEASUREMENTS = 1000  # the latest are kept
+log = logging.getLogger(__name__)
 # Built-in models keep their id for ever, on every machine: it is made from their unique name. So do
 # those of upstreams: theirs is made from their source.
 _NAMESPACE = uuid.UUID("6d0de1d0-5b1c-4f0a-9a53-6d6f64656c64")
@@ -94,10 +113,8 @@ class Catalog:
                 f"the catalog was written by a newer modeld (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}): install that version again, or use another --data-dir"
             )
-        if version == 0:
-            self._db.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
+        for number, statements in enumerate(_MIGRATIONS[version:], start=version + 1):
+            self._db.executescript(f"BEGIN; {statements} PRAGMA user_version = {number}; COMMIT;")
 
     def close(self) -> None:
         """Write everything back into one file."""
@@ -217,6 +234,53 @@ class Catalog:
     def set_setting(self, key: str, value: str) -> None:
         """Keep a text under `key`."""
         self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, value))
+
+    def downloads(self) -> list[KeptDownload]:
+        """Return the downloads that are not over, the oldest first."""
+        rows = self._db.execute("SELECT download FROM downloads")
+        kept = [msgspec.json.decode(row[0], type=KeptDownload) for row in rows]
+        return sorted(kept, key=lambda each: each.created)
+
+    def keep_download(self, download: KeptDownload) -> None:
+        """Keep a download for the next daemon. Never raises: it can do without."""
+        row = (download.model_id, msgspec.json.encode(download).decode())
+        try:
+            self._db.execute("INSERT OR REPLACE INTO downloads VALUES (?, ?)", row)
+        except sqlite3.Error as error:
+            log.warning("a download could not be noted: %s", error)
+
+    def forget_download(self, model_id: str) -> None:
+        """Forget a download that is over."""
+        try:
+            self._db.execute("DELETE FROM downloads WHERE model_id = ?", (model_id,))
+        except sqlite3.Error as error:
+            log.warning("a download could not be forgotten: %s", error)
+
+    def measurements(self, files: str, backend: str, version: str) -> list[Measurement]:
+        """Return what loads of these files by this version of a backend used."""
+        rows = self._db.execute(
+            "SELECT measurement FROM measurements WHERE files = ? AND backend = ? AND version = ?",
+            (files, backend, version),
+        )
+        return [msgspec.json.decode(row[0], type=Measurement) for row in rows]
+
+    def remember(self, measurement: Measurement) -> None:
+        """Keep a measurement, in place of one of the same load. Never raises: it can do without."""
+        row = (
+            measurement.files,
+            measurement.backend,
+            measurement.version,
+            measurement.settings,
+            msgspec.json.encode(measurement).decode(),
+        )
+        try:
+            self._db.execute("INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?)", row)
+            self._db.execute(
+                "DELETE FROM measurements WHERE rowid <= (SELECT max(rowid) FROM measurements) - ?",
+                (_MEASUREMENTS,),
+            )
+        except sqlite3.Error as error:
+            log.warning("a measurement could not be kept: %s", error)
 
 
 def _decode(text: str) -> ModelRecord:

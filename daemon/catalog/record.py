@@ -18,6 +18,10 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     that this model is to run on; empty leaves the choice to modeld. `options` are settings for its
     engine, by the names that its backend gives them. A `cloud` model runs on another computer.
 
+    A `pinned` model never has to make room for another. `keep_alive` is how long it stays in memory
+    after its last request, as in the settings; empty is what these say.
+
+    `ram_bytes` is what a load was estimated to take before the download, 0 if it was not.
     `architecture` says what the headers of older formats cannot; a header that does goes before it.
     `chat_template` replaces the file's own, if it has one. A `background` model leaves half of its
     share of the cores to others.
@@ -51,11 +55,47 @@ class ModelRecord(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str = ""
     chat_template: str = ""
     background: bool = False
+    pinned: bool = False
+    keep_alive: str = ""
+    ram_bytes: int = 0
 
     @property
     def downloaded(self) -> bool:
         """Whether the files are on this machine."""
         return self.artifact is not None
+
+
+class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+    """What a load was seen to use of RAM. Texts tell it from other loads: see `models.choice`.
+
+    `estimate_bytes` is what was computed for it, `peak_bytes` the most that was measured. `served`:
+    it was asked something. `load_s` is how long the load took; `seen_at` is an ISO 8601 time.
+    """
+
+    files: str
+    backend: str
+    version: str
+    settings: str
+    estimate_bytes: int
+    peak_bytes: int
+    served: bool
+    load_s: float
+    seen_at: str
+
+
+class KeptDownload(msgspec.Struct, frozen=True, kw_only=True):
+    """A download that is not over, for the next daemon; `created` is in seconds since the epoch.
+
+    The bytes are what was here at least, and in all (0 is not known).
+    """
+
+    model_id: str
+    priority: str
+    created: float
+    paused: str
+    error: str
+    done_bytes: int = 0
+    total_bytes: int = 0
 
 
 class SeedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,6 +111,7 @@ class SeedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     parameters: int
     quantization: str
     license: str
+    ram_bytes: int = 0
     foundation: str = ""
     provider: str = "HUGGING_FACE"
     usage: str = "CODE_CONVERSATION"

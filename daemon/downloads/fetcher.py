@@ -1,100 +1,143 @@
 """The process that runs one download: `python -P -m daemon.downloads.fetcher`.
 
-Owns the conversation with the daemon and the order of a download's steps: find, fetch, verify,
-publish. Everything heavy is imported after the process is tied to its parent.
+Owns the order of a download's steps: find, fetch, verify, publish. Everything heavy is imported
+after the process is tied to its parent.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import errno
-import os
-import queue
 import shutil
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
+from msgspec import structs
 
-from backends import child, wire
 from daemon import sources
-from daemon.artifacts import folder
-from daemon.downloads import local, publish
-from daemon.downloads.messages import Fetch, Fetched, Progress, ToFetcher
-from daemon.errors import DownloadFailed, InsufficientDisk, InvalidRequest, ModeldError
+from daemon.artifacts import InvalidModelFile, folder
+from daemon.downloads import errand, local, publish
+from daemon.downloads.messages import (
+    Fetch,
+    Fetched,
+    FileProgress,
+    Limit,
+    Progress,
+    ToFetcher,
+)
+from daemon.errors import InsufficientDisk
+from daemon.store import discard
 
 if TYPE_CHECKING:
-    from daemon.downloads.transfer import RemoteFile, Timeouts
+    from daemon.downloads.hub import Resolved
+    from daemon.downloads.ranged import Timeouts
 
 # With the first frame, the first one that shows movement and the one that ends it, this makes at
 # most five in any second.
 _PROGRESS_INTERVAL_S = 1 / 3
 
-Send = Callable[[msgspec.Struct], None]
-
 
 class Reporter:
     """Tells the daemon how far the download is: often enough, not too often, never backwards."""
 
-    def __init__(self, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, send: errand.Send, clock: Callable[[], float] = time.monotonic) -> None:
         self._send = send
         self._clock = clock
         self._sent_at = 0.0
         self._shown_bytes = 0
-        self._before_bytes = 0
+        self._files: dict[str, FileProgress] = {}
+        self._waiting = ""
+        self._note = ""
         self.done_bytes = 0
         self.total_bytes = 0
 
     def started(self) -> None:
         """Say that there is a download."""
-        self._tell()
+        self.tell()
 
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        """Take note of what is here, of `total_bytes` (0 is not known)."""
-        self.done_bytes = max(self.done_bytes, done_bytes)
-        self.total_bytes = total_bytes
-        first_movement = self.done_bytes > 0 and self._shown_bytes == 0
-        if first_movement or self._clock() - self._sent_at >= _PROGRESS_INTERVAL_S:
-            self._tell()
+    def expect(self, sizes: Mapping[str, int], keys: Mapping[str, str] | None = None) -> None:
+        """Take note of which files are wanted, their sizes (0 is not known), and their keys."""
+        keys = keys or {}
+        self._files = {
+            name: FileProgress(name, 0, size, keys.get(name, "")) for name, size in sizes.items()
+        }
+        self._count()
 
-    def part(self, part_bytes: int, total_bytes: int) -> publish.Report:
-        """Return what takes note of one file of several, the next after those before it."""
-        before_bytes, self._before_bytes = self._before_bytes, self._before_bytes + part_bytes
+    def file(self, name: str) -> publish.Report:
+        """Return what takes note of one of the files."""
 
-        def report(done_bytes: int, _: int) -> None:
-            self(before_bytes + min(done_bytes, part_bytes), total_bytes)
+        def report(done_bytes: int, total_bytes: int) -> None:
+            before = self._files[name]  # of a file that is fetched anew, less may be here than was
+            done_bytes = max(before.done_bytes, done_bytes)
+            total_bytes = max(total_bytes, done_bytes) if total_bytes else 0
+            self._files[name] = FileProgress(name, done_bytes, total_bytes, before.key)
+            self._count()
+            first_movement = self.done_bytes > 0 and self._shown_bytes == 0
+            if first_movement or self._clock() - self._sent_at >= _PROGRESS_INTERVAL_S:
+                self.tell()
 
         return report
+
+    def waiting(self, reason: str) -> None:
+        """Say what it waits for, "" for nothing."""
+        if reason != self._waiting:
+            self._waiting = reason
+            self.tell()
+
+    def noted(self, note: str) -> None:
+        """Say what happened."""
+        self._note = note
+        self.tell()
 
     def verifying(self) -> None:
         """Say that every byte is here."""
         self.total_bytes = self.done_bytes
-        self._tell(verifying=True)
+        self.tell(verifying=True)
 
-    def _tell(self, *, verifying: bool = False) -> None:
+    def _count(self) -> None:
+        files = self._files.values()
+        self.done_bytes = max(self.done_bytes, sum(file.done_bytes for file in files))
+        known = all(file.total_bytes for file in files)
+        self.total_bytes = sum(file.total_bytes for file in files) if known else 0
+
+    def tell(self, *, verifying: bool = False) -> None:
+        """Say how it stands."""
         self._sent_at = self._clock()
         self._shown_bytes = self.done_bytes
         self._send(
-            Progress(done_bytes=self.done_bytes, total_bytes=self.total_bytes, verifying=verifying)
+            Progress(
+                done_bytes=self.done_bytes,
+                total_bytes=self.total_bytes,
+                verifying=verifying,
+                files=tuple(self._files.values()),
+                waiting=self._waiting,
+                note=self._note,
+            )
         )
 
 
 class Download:
-    """One download, from its source to the store."""
+    """One download, from its source to the store. `orders` are what the daemon says meanwhile."""
 
-    def __init__(self, fetch: Fetch, report: Reporter, timeouts: Timeouts, token: str) -> None:
+    def __init__(
+        self, fetch: Fetch, report: Reporter, timeouts: Timeouts, token: str, orders: errand.Orders
+    ) -> None:
         self._fetch = fetch
         self._report = report
         self._timeouts = timeouts
-        self._token = token
+        self._orders = orders
+        self._network = errand.Network(
+            hub_endpoint=fetch.hub_endpoint,
+            offline=fetch.offline,
+            timeouts=timeouts,
+            token=token,
+            memory_bytes=fetch.memory_bytes,
+        )
         self._to = publish.Destination(
-            partial_dir=Path(fetch.partial_dir),
+            work_dir=Path(fetch.work_dir),
             blobs_dir=Path(fetch.blobs_dir),
             model_dir=Path(fetch.model_dir),
         )
@@ -102,21 +145,17 @@ class Download:
     def run(self) -> Fetched:
         """Bring the source's files into the store. Raises ModeldError.
 
-        What is left of a failed attempt stays for the next one, unless it is worth nothing.
+        What is here of files that are not whole stays for the next attempt.
         """
         self._report.started()
         try:
-            fetched = self._bring(sources.parse(self._fetch.source))
-        except (publish.VerificationFailed, InvalidRequest, InsufficientDisk):
-            self._to.discard_partial()
-            raise
+            return self._bring(sources.parse(self._fetch.source))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._to.discard_partial()
             raise InsufficientDisk(self._full()) from error
-        self._to.discard_partial()
-        return fetched
+        finally:
+            self._to.discard()
 
     def _bring(self, source: sources.Source) -> Fetched:
         match source:
@@ -124,45 +163,84 @@ class Download:
                 return self._import(source)
             case sources.PackageSource():
                 return self._copy(source)
-            case _ if self._fetch.offline:
-                raise DownloadFailed(
-                    "modeld is set to stay offline, so nothing is downloaded; "
-                    "files on this machine can still be imported"
-                )
-            case sources.UrlSource():
-                from daemon.downloads import transfer
+            case sources.UrlSource() | sources.HubSource():
+                return asyncio.run(self._transfer(self._locate(source)))
 
-                return self._transfer(transfer.from_url(source.url), revision="")
-            case sources.HubSource():
-                from daemon.downloads import hub
+    def _locate(self, source: sources.UrlSource | sources.HubSource) -> Resolved:
+        """Return the files that `source` means. A hub that can't be asked now is asked again."""
+        from daemon.downloads.network_errors import Unsteady, next_try
+        from daemon.downloads.pace import Patience
 
-                where = hub.Hub(
-                    endpoint=self._fetch.hub_endpoint.rstrip("/"),
-                    token=self._token,
-                    timeout_s=self._timeouts.connect_s,
-                )
-                resolved = where.resolve(source)
-                (file,) = resolved.files
-                return self._transfer(file, revision=resolved.commit)
+        patience = Patience(
+            self._timeouts.patience_s, self._timeouts.first_patience_s, began=self._fetch.began
+        )
+        while True:
+            try:
+                located = self._network.locate(source)
+            except Unsteady as error:
+                wait_s, words = next_try(error, patience)
+                self._report.waiting(words)
+                time.sleep(wait_s)
+            else:
+                self._report.waiting("")
+                return located
 
-    def _transfer(self, remote: RemoteFile, *, revision: str) -> Fetched:
-        from daemon.downloads import transfer
+    async def _transfer(self, located: Resolved) -> Fetched:
+        from daemon.downloads.bringing import Bringer, key_of
+        from daemon.downloads.pace import Bucket
+        from daemon.downloads.transfer import Listener
 
-        if remote.sha256 and publish.take_blob(self._to, remote.sha256, remote.name):
-            size_bytes = self._to.staged(remote.name).stat().st_size
-            self._report(size_bytes, size_bytes)
-            return self._finish({remote.name: remote.sha256}, revision)
-        sha256 = asyncio.run(transfer.download(self._to, remote, self._timeouts, self._report))
-        return self._finish({remote.name: sha256}, revision)
+        bucket = Bucket(self._fetch.bytes_per_s)
+        self._heed(bucket.limit)
+        bringer = Bringer(self._to, Path(self._fetch.partials_dir), self._timeouts, bucket)
+        self._report.expect(
+            {file.name: file.size_bytes or 0 for file in located.files},
+            {file.name: key_of(file) for file in located.files},
+        )
+        try:
+            bringer.require_room(located.files, located.repo)
+        except InsufficientDisk:
+            self._report.tell()  # for what there must be room
+            raise
+        hashes, partials = {}, []
+        for file in sorted(located.files, key=lambda file: file.size_bytes or 0):
+            listener = Listener(
+                landed=self._report.file(file.name),
+                waiting=self._report.waiting,
+                noted=self._report.noted,
+            )
+            brought = await bringer.bring(file, located.repo, listener)
+            hashes[file.name] = brought.sha256
+            partials += [brought.partial] if brought.partial else []
+        try:
+            fetched = self._finish(hashes, located.commit)
+        except InvalidModelFile:  # another attempt would find the same
+            for key in partials:
+                discard(Path(self._fetch.partials_dir) / key, Path(self._fetch.work_dir))
+            raise
+        return structs.replace(fetched, partials=tuple(partials))
+
+    def _heed(self, limit: Callable[[int], None]) -> None:
+        """Call `limit` on this loop with every limit that the daemon sets from now on."""
+        loop = asyncio.get_running_loop()
+
+        def listen() -> None:
+            while True:
+                order = self._orders.get()
+                if isinstance(order, Limit):
+                    loop.call_soon_threadsafe(limit, order.bytes_per_s)
+
+        threading.Thread(target=listen, name="limits", daemon=True).start()
 
     def _copy(self, source: sources.PackageSource) -> Fetched:
         package = local.find_in_package(source)
         model = folder.read(package.root, list(package.files), self._fetch.architecture)
         files = {name: package.files[name] for name, _ in model.roles}
         total_bytes = sum(file.size_bytes for file in files.values())
+        self._report.expect({name: file.size_bytes for name, file in files.items()})
         hashes = {}
         for name, file in files.items():
-            report = self._report.part(file.size_bytes, total_bytes)
+            report = self._report.file(name)
             if file.sha256 and publish.take_blob(self._to, file.sha256, name):
                 hashes[name] = file.sha256
                 report(file.size_bytes, file.size_bytes)
@@ -175,10 +253,10 @@ class Download:
     def _import(self, source: sources.PathSource) -> Fetched:
         root, seen = local.find(Path(source.path))
         model = folder.read(root, list(seen), self._fetch.architecture)
-        total_bytes = sum(seen[name].st_size for name, _ in model.roles)
+        self._report.expect({name: seen[name].st_size for name, _ in model.roles})
         files = []
         for name, _ in model.roles:
-            report = self._report.part(seen[name].st_size, total_bytes)
+            report = self._report.file(name)
             files.append(local.hash_local(root, name, seen[name], report))
         self._report.verifying()
         return Fetched(artifact=model.describe(local.import_local(self._to, files, model.roles)))
@@ -191,77 +269,21 @@ class Download:
         return Fetched(artifact=model.describe(files), revision=revision)
 
     def _full(self) -> str:
-        free = shutil.disk_usage(self._to.partial_dir.parent).free
+        free = shutil.disk_usage(self._to.work_dir.parent).free
         return (
-            f"the disk of {self._to.partial_dir.parent} is full: {free:,} bytes are free, and "
+            f"the disk of {self._to.work_dir.parent} is full: {free:,} bytes are free, and "
             f"{self._report.total_bytes - self._report.done_bytes:,} were still to come"
         )
 
 
-def attempt(download: Download, token: str) -> Fetched | wire.Error:
-    """Return what became of the download. Never raises; no message or trace shows `token`."""
-
-    def hidden(text: str) -> str:
-        return text.replace(token, "[HF_TOKEN]") if token else text
-
-    try:
-        return download.run()
-    except ModeldError as error:
-        return wire.Error(code=error.code, message=hidden(error.message))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the daemon is owed an answer
-        # The daemon's log gets the trace; the user gets what the system said.
-        sys.stderr.write(hidden(traceback.format_exc()))
-        reason = str(error) or type(error).__name__
-        return wire.Error(code="download_failed", message=hidden(f"the download stopped: {reason}"))
-
-
-def _listen(channel: child.Channel, inbox: queue.SimpleQueue[Fetch]) -> None:
-    """Take the order, and end the process as soon as nobody waits for it any more."""
-    status = 0
-    try:
-        for message in channel.receive():
-            inbox.put(message)
-    except (OSError, wire.ProtocolError):
-        traceback.print_exc()
-        status = 1
-    os._exit(status)
-
-
-def _sender(channel: child.Channel) -> Send:
-    def send(message: msgspec.Struct) -> None:
-        try:
-            channel.send(message)
-        except OSError:
-            os._exit(0)  # the daemon is gone, or has ended this download
-
-    return send
-
-
-def _timeouts(arguments: Sequence[str]) -> Timeouts:
-    from daemon.downloads.transfer import Timeouts
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--connect-timeout-s", type=float, default=Timeouts().connect_s)
-    parser.add_argument("--stall-timeout-s", type=float, default=Timeouts().stall_s)
-    options = parser.parse_args(arguments)
-    return Timeouts(connect_s=options.connect_timeout_s, stall_s=options.stall_timeout_s)
-
-
 def main() -> None:
-    """Run the one download that the daemon asks for, answer, and exit."""
-    channel, arguments = child.attach(ToFetcher)
-    os.umask(0o077)
-    # Only HF_TOKEN and what stands in a URL authorise: a netrc entry would go out as well, to
-    # every host that a redirect leads to.
-    os.environ["NETRC"] = os.devnull
-    inbox: queue.SimpleQueue[Fetch] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
-    send = _sender(channel)
-    fetch = inbox.get()
-    token = os.environ.get("HF_TOKEN", "").strip()
-    send(attempt(Download(fetch, Reporter(send), _timeouts(arguments), token), token))
-    sys.stderr.flush()
-    os._exit(0)  # the listening thread is inside a read, which a normal exit would wait for
+    """Run the one download that the daemon asks for."""
+
+    def work(order: errand.Order[Fetch]) -> Fetched:
+        report = Reporter(order.send)
+        return Download(order.first, report, order.timeouts, order.token, order.later).run()
+
+    errand.run(ToFetcher, work, what="the download")
 
 
 if __name__ == "__main__":

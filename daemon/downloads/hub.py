@@ -1,7 +1,7 @@
 """Hugging Face: from `hf:owner/repo…` to a commit and the files to fetch from it.
 
-Owns what is asked of the hub and which file of a repository is meant. The only module that knows
-huggingface_hub, and imports it late, in the fetcher alone. Transfers nothing.
+Owns what is asked of the hub; which files of a repository are meant is `selection`. The only module
+that knows huggingface_hub, and imports it late, in fetchers and peekers alone. Transfers nothing.
 """
 
 from __future__ import annotations
@@ -9,43 +9,54 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from daemon import __version__
-from daemon.downloads import publish
-from daemon.downloads.transfer import RemoteFile
+from daemon.artifacts.folder import relative_name
+from daemon.downloads.network_errors import Unsteady, may_pass, told_to_wait_s
+from daemon.downloads.ranged import RemoteFile
+from daemon.downloads.selection import select
 from daemon.errors import DownloadFailed, InvalidRequest
 from daemon.sources import HubSource
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoSibling
 
-DEFAULT_QUANTIZATION = "Q4_K_M"
-_LISTED = 30  # names of files that an error quotes at most
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)
+PUBLIC = "https://huggingface.co"
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LICENSE_CHARS = 100  # of a licence's name, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """The files that a source means, as they are at one commit."""
+    """The files that a source means, as they are at one commit of `repo`; "" is not known.
+
+    `license` is what the repository says of itself, such as `apache-2.0`.
+    """
 
     commit: str
     files: tuple[RemoteFile, ...]
+    license: str = ""
+    repo: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hub:
-    """A hub at `endpoint`, an address; `token` is empty for a public reader."""
+    """A hub at `endpoint`, an address; `token` is empty for a public reader.
+
+    `memory_bytes` is what models may take here, which decides where a source leaves a choice; 0 is
+    not known.
+    """
 
     endpoint: str
     token: str
     timeout_s: float
+    memory_bytes: int = 0
 
     @property
     def host(self) -> str:
@@ -53,10 +64,11 @@ class Hub:
         return urlsplit(self.endpoint).hostname or self.endpoint
 
     def resolve(self, source: HubSource) -> Resolved:
-        """Ask the hub which file `source` means, and whether it may be read.
+        """Ask the hub which files `source` means, and whether they may be read.
 
         Raises InvalidRequest when there is no such repository, revision or file or several could
-        be meant, and DownloadFailed when the hub cannot be asked or refuses.
+        be meant, and DownloadFailed when the hub cannot be asked or refuses: Unsteady if that may
+        pass.
         """
         # The library would ask huggingface.co for a list of AI tools, to report which one runs it.
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -74,7 +86,7 @@ class Hub:
         except HfHubHTTPError as error:
             if missing := self._missing(error, source):
                 raise InvalidRequest(missing) from error
-            raise DownloadFailed(self._refusal(error, source.repo)) from error
+            raise self._refused(error, source.repo) from error
         except OfflineModeIsEnabled as error:
             raise DownloadFailed(
                 f"{source.repo}: HF_HUB_OFFLINE is set, so nothing is asked of {self.host}; "
@@ -83,7 +95,7 @@ class Hub:
         except HFValidationError as error:
             raise InvalidRequest(f"{source.repo!r} is no name of a repository: {error}") from error
         except HTTPError as error:
-            raise DownloadFailed(_unreachable(error, self.host, self.timeout_s)) from error
+            raise Unsteady(_unreachable(error, self.host, self.timeout_s)) from error
         except (ValueError, KeyError, TypeError) as error:
             raise DownloadFailed(
                 f"{self.host} does not answer like a Hugging Face hub ({type(error).__name__})"
@@ -98,22 +110,36 @@ class Hub:
         info = HfApi(endpoint=self.endpoint, token=token, headers=headers).model_info(
             source.repo, revision=source.revision, files_metadata=True, timeout=self.timeout_s
         )
-        name = choose([sibling.rfilename for sibling in info.siblings or ()], source)
+        listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        sizes = {path: _size(sibling) for path, sibling in listed.items()}
+        chosen = select(sizes, source, self.memory_bytes)
         commit = info.sha or source.revision
-        url = hf_hub_url(source.repo, name, revision=commit, endpoint=self.endpoint)
+
+        def address(path: str) -> str:
+            return str(hf_hub_url(source.repo, path, revision=commit, endpoint=self.endpoint))
+
         # A gated repository lists its files to everybody: only asking for one tells.
         facts = get_hf_file_metadata(
-            url, token=token, headers=headers, timeout=self.timeout_s, endpoint=self.endpoint
-        )
-        size, sha256 = _listed_facts(info, name)
-        file = RemoteFile(
-            name=publish.file_name(name),
-            url=url,
-            size_bytes=facts.size if size is None else size,
-            sha256=sha256,
+            address(chosen[0].path),
+            token=token,
             headers=headers,
+            timeout=self.timeout_s,
+            endpoint=self.endpoint,
         )
-        return Resolved(commit=commit, files=(file,))
+        if sizes[chosen[0].path] is None:
+            sizes[chosen[0].path] = facts.size
+        files = tuple(
+            RemoteFile(
+                name=relative_name(each.name),
+                url=address(each.path),
+                size_bytes=sizes[each.path],
+                sha256=_sha256(listed[each.path]),
+                git_sha1=_git_sha1(listed[each.path]),
+                headers=headers,
+            )
+            for each in chosen
+        )
+        return Resolved(commit=commit, files=files, license=_license(info), repo=source.repo)
 
     def _missing(self, error: HfHubHTTPError, source: HubSource) -> str:
         """Return which part of `source` the hub does not have; empty if it has all of it."""
@@ -131,6 +157,13 @@ class Hub:
                     f"if it is private or gated, {self._how_to_enter(repo)}"
                 )
         return ""
+
+    def _refused(self, error: HfHubHTTPError, repo: str) -> DownloadFailed:
+        """Return the error for an answer that is none; one that may pass says so."""
+        text, response = self._refusal(error, repo), error.response
+        if not may_pass(response.status_code):
+            return DownloadFailed(text)
+        return Unsteady(text, after_s=told_to_wait_s(response.headers))
 
     def _refusal(self, error: HfHubHTTPError, repo: str) -> str:
         """Return why the hub does not give what it has."""
@@ -154,76 +187,38 @@ class Hub:
         return advice + "account that did (it is not set)"
 
 
-def choose(names: Sequence[str], source: HubSource) -> str:
-    """Return which of a repository's files `source` means.
-
-    In this order: the file it names, the quantization it names, the only GGUF there is, Q4_K_M.
-    Projectors for images (mmproj) count only when named. Raises InvalidRequest with the choices.
-    """
-    if source.file:
-        if source.file not in names:
-            raise InvalidRequest(
-                f"{source.repo} has no file {source.file!r}; {_listing(_models(names))}"
-            )
-        return _whole(source.file, source)
-    models = _models(names)
-    if source.quantization:
-        return _single(models, source.quantization, source)
-    if len(models) == 1:
-        return _whole(models[0], source)
-    return _single(models, DEFAULT_QUANTIZATION, source)
+def _size(listed: RepoSibling) -> int | None:
+    size: int | None = listed.size if listed.lfs is None else listed.lfs.size
+    return size
 
 
-def _single(models: Sequence[str], quantization: str, source: HubSource) -> str:
-    # The name's tokens end at anything but a letter, a digit or "_": Q4_K is not Q4_K_M.
-    token = re.compile(rf"(?<![A-Za-z0-9]){re.escape(quantization)}(?![A-Za-z0-9_])", re.IGNORECASE)
-    found = [name for name in models if token.search(PurePosixPath(name).name)]
-    if len(found) == 1:
-        return _whole(found[0], source)
-    many = "several files" if found else "no file"
-    raise InvalidRequest(
-        f"{source.repo} has {many} of quantization {quantization}: choose one with "
-        f"hf:{source.repo}:QUANTIZATION or hf:{source.repo}/FILE; {_listing(found or models)}"
-    )
-
-
-def _models(names: Iterable[str]) -> list[str]:
-    """Return the GGUFs that are models, a split one by its first part only."""
-    found = []
-    for name in sorted(names):
-        split = _SPLIT.search(name)
-        if not name.lower().endswith(".gguf") or "mmproj" in PurePosixPath(name).name.lower():
-            continue
-        if split is None or int(split[1]) == 1:
-            found.append(name)
-    return found
-
-
-def _whole(name: str, source: HubSource) -> str:
-    split = _SPLIT.search(name)
-    if split is not None and int(split[2]) > 1:
-        raise InvalidRequest(
-            f"{source.repo}: {name} is one of {int(split[2])} parts of a model, and split models "
-            "are not supported yet: choose a smaller quantization that is one file"
-        )
-    return name
-
-
-def _listing(names: Sequence[str]) -> str:
-    if not names:
-        return "it has no GGUF files"
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"it has {', '.join(names[:_LISTED])}{more}"
-
-
-def _listed_facts(info: ModelInfo, name: str) -> tuple[int | None, str | None]:
-    """Return the size in bytes and the SHA-256 (of LFS files) that the listing gives for `name`."""
-    sibling = next(s for s in info.siblings or () if s.rfilename == name)
-    if sibling.lfs is None:
-        return sibling.size, None
-    if not _SHA256.fullmatch(sibling.lfs.sha256):
+def _sha256(listed: RepoSibling) -> str | None:
+    """Return the SHA-256 that the listing gives, as it does for files in LFS."""
+    if listed.lfs is None:
+        return None
+    sha256: str = listed.lfs.sha256
+    if not _SHA256.fullmatch(sha256):
         raise ValueError("an LFS file without a SHA-256")
-    return sibling.lfs.size, sibling.lfs.sha256
+    return sha256
+
+
+def _git_sha1(listed: RepoSibling) -> str | None:
+    """Return the id that Git gives the content of a file outside LFS."""
+    sha1: str = listed.blob_id or ""
+    return sha1 if listed.lfs is None and _SHA1.fullmatch(sha1) else None
+
+
+def _license(info: ModelInfo) -> str:
+    """Return the licence that a repository's card or tags name; empty if they name none."""
+    tags = [tag for tag in info.tags or () if isinstance(tag, str)]
+    said = [getattr(info.card_data, "license", None)]
+    said += [tag.removeprefix("license:") for tag in tags if tag.startswith("license:")]
+    if "other" in said[:2]:  # the hub's word for a licence that it has no name for
+        said.insert(0, getattr(info.card_data, "license_name", None))
+    for name in said:
+        if isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LICENSE_CHARS:
+            return name
+    return ""
 
 
 def _unreachable(error: Exception, host: str, timeout_s: float) -> str:

@@ -158,8 +158,8 @@ def copy_from_package(
     `left_bytes` are still to be copied, with this file's. Raises InsufficientDisk if they don't
     fit, and VerificationFailed if the file is not the one that was installed.
     """
-    with file.path.open("rb", buffering=0) as original, publish.open_partial(to, name) as copy:
-        publish.require_room(to.partial_dir, left_bytes)
+    with file.path.open("rb", buffering=0) as original, publish.open_staged(to, name) as copy:
+        publish.require_room(to.work_dir, left_bytes)
         sha256 = _drain(original, copy, file.size_bytes, report)
     if file.sha256 and sha256 != file.sha256:
         raise VerificationFailed(

@@ -36,7 +36,7 @@ class VerificationFailed(DownloadFailed):
 class Destination:
     """The directories of one download; all three are on one filesystem."""
 
-    partial_dir: Path
+    work_dir: Path
     blobs_dir: Path
     model_dir: Path
 
@@ -49,15 +49,15 @@ class Destination:
     @property
     def staging_dir(self) -> Path:
         """Where files are whole before they enter the store, under their names in the model."""
-        return self.partial_dir / "files"
+        return self.work_dir / "files"
 
     def staged(self, name: str) -> Path:
         """Return where the file of this relative name is staged. Raises InvalidRequest."""
         return self.staging_dir / relative_name(name)
 
-    def discard_partial(self) -> None:
-        """Remove what this download has left outside the store."""
-        shutil.rmtree(self.partial_dir, ignore_errors=True)
+    def discard(self) -> None:
+        """Remove what this download has staged."""
+        shutil.rmtree(self.work_dir, ignore_errors=True)
 
 
 def file_name(path: str) -> str:
@@ -85,7 +85,7 @@ def make_dir(path: Path) -> None:
     if not path.is_dir():
         make_dir(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
-        _sync_dir(path.parent)
+        sync_dir(path.parent)
 
 
 def stage(to: Destination, name: str) -> Path:
@@ -96,8 +96,8 @@ def stage(to: Destination, name: str) -> Path:
     return staged
 
 
-def open_partial(to: Destination, name: str) -> BinaryIO:
-    """Return the empty staged file that a download lands in. An earlier attempt's is dropped."""
+def open_staged(to: Destination, name: str) -> BinaryIO:
+    """Return an empty staged file. An earlier attempt's is dropped."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(stage(to, name), flags, 0o600), "r+b", buffering=0)
 
@@ -119,7 +119,7 @@ def publish(
     `hashes` has their SHA-256 by name, `roles` the names and roles of those that the model
     consists of, in the order of the files that are returned. What the model had before goes.
     """
-    folder = to.partial_dir / "model"
+    folder = to.work_dir / "model"
     shutil.rmtree(folder, ignore_errors=True)
     for name, _ in roles:
         _keep(to, to.staged(name), hashes[name])
@@ -127,7 +127,7 @@ def publish(
         make_dir((folder / name).parent)
         to.staged(name).replace(folder / name)
     for parent in {(folder / name).parent for name, _ in roles}:
-        _sync_dir(parent)
+        sync_dir(parent)
     withdraw(to)
     _move_in(folder, to.model_dir)
     return tuple(
@@ -138,9 +138,9 @@ def publish(
 
 def withdraw(to: Destination) -> None:
     """Take the model's folder, if there is one, out of the store."""
-    old = to.partial_dir / "replaced"
+    old = to.work_dir / "replaced"
     shutil.rmtree(old, ignore_errors=True)
-    make_dir(to.partial_dir)
+    make_dir(to.work_dir)
     with contextlib.suppress(FileNotFoundError):
         to.model_dir.rename(old)
 
@@ -170,7 +170,7 @@ def _keep(to: Destination, staged: Path, sha256: str) -> None:
     blob = to.blob(sha256)
     if blob.exists() and blob.samefile(staged):
         return
-    spare = to.partial_dir / "spare"
+    spare = to.work_dir / "spare"
     spare.unlink(missing_ok=True)
     if _link_blob(to, sha256, spare):
         spare.replace(staged)
@@ -197,10 +197,11 @@ def _move_in(path: Path, target: Path) -> None:
     """Put `path`, complete and on the disk, at its final name, durably."""
     make_dir(target.parent)
     path.replace(target)
-    _sync_dir(target.parent)
+    sync_dir(target.parent)
 
 
-def _sync_dir(path: Path) -> None:
+def sync_dir(path: Path) -> None:
+    """Have the names in a folder on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,330 +1,277 @@
-"""The bytes of a file on the network: ranged GETs of our own, with every answer checked.
+"""A file on the network into a partial one on the disk, over several connections.
 
-Owns redirects, credentials on the way, timeouts and what a server's answer may look like. Knows
-HTTP, but no hub, no channel and nothing of the store beyond the file it writes to.
+Owns which part is asked for next, over how many connections, and what is done when something goes
+wrong on the way: again, later, anew, or not at all. What is asked of servers, and what they may
+answer, is `ranged`; knows no hub, no channel and nothing of the store.
 """
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from urllib.parse import unquote
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import aiohttp
-from yarl import URL
+import msgspec
 
-from daemon import __version__
-from daemon.downloads import publish
-from daemon.downloads.publish import Report, VerificationFailed
-from daemon.errors import DownloadFailed, InvalidRequest
+from daemon.downloads import publish, ranged
+from daemon.downloads.network_errors import NoSuchRange, Unsteady, next_try
+from daemon.downloads.pace import Bucket, Climb, Patience
+from daemon.downloads.partial import Partial
+from daemon.downloads.ranged import Changed, RemoteFile, Timeouts
+from daemon.downloads.unfinished import missing_bytes
+from daemon.errors import DownloadFailed
 
-MAX_REDIRECTS = 10
+_LOOK_S = 1.0  # how often the rate is looked at
+_PIECE_S = 3.0  # how long a part should take one connection
+_FIRST_PIECE_BYTES = 4 * 1024 * 1024
+_LEAST_PIECE_BYTES, _MOST_PIECE_BYTES = 1024 * 1024, 64 * 1024 * 1024
 _RECHECK_BYTES = 64 * 1024 * 1024  # how often the room on the disk is looked at again
-_READ_BYTES = 1024 * 1024
-_CREDENTIALS = frozenset({"authorization", "cookie"})
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_SLOW_LOOKS = 5  # a connection that lags behind its siblings for so many is replaced
+_SLOW_SHARE = 1 / 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RemoteFile:
-    """One file on the network; None is not known.
+class Listener:
+    """Who hears of a transfer.
 
-    `etag` is the version that an earlier answer to this transfer gave: another one is refused.
-    `headers` may hold credentials, which go to the origin of `url` and nowhere else.
+    `landed` gets the bytes that are here, and the file's size if known (else 0); `waiting` what it
+    waits for, in words, "" once it goes on; `noted` what happened that a person should know.
     """
 
-    name: str
-    url: str
-    size_bytes: int | None = None
-    sha256: str | None = None
-    etag: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    landed: Callable[[int, int], None]
+    waiting: Callable[[str], None]
+    noted: Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeouts:
-    """Seconds to wait for a connection, and for the next byte of one."""
-
-    connect_s: float = 30.0
-    stall_s: float = 60.0
+class _NoParts(DownloadFailed):
+    """The server sends all of a file or nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opened:
-    """What a server said about the file before its first byte; None is not said."""
-
-    total_bytes: int | None
-    etag: str | None
-
-
-def from_url(url: str) -> RemoteFile:
-    """Return the file at `url`; a user and password in it become a header.
-
-    Raises InvalidRequest if it is no http(s) address of a file.
-    """
-    try:
-        parsed = URL(url)
-    except ValueError as error:
-        raise InvalidRequest(f"{url!r} is not an address: {error}") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InvalidRequest(f"{url!r} is not an http(s) address")
-    headers = {}
-    if parsed.user is not None or parsed.password is not None:
-        pair = f"{parsed.user or ''}:{parsed.password or ''}".encode()
-        headers["Authorization"] = "Basic " + base64.b64encode(pair).decode("ascii")
-    name = publish.file_name(unquote(parsed.raw_path))
-    return RemoteFile(name=name, url=str(parsed.with_user(None)), headers=headers)
-
-
-def session(timeouts: Timeouts) -> aiohttp.ClientSession:
-    """Return a client that honours proxy settings, keeps no cookies and decodes nothing."""
-    return aiohttp.ClientSession(
-        trust_env=True,
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        read_bufsize=_READ_BYTES,
-        timeout=aiohttp.ClientTimeout(
-            connect=timeouts.connect_s, sock_connect=timeouts.connect_s, sock_read=timeouts.stall_s
-        ),
-        headers={"User-Agent": f"modeld/{__version__}", "Accept-Encoding": "identity"},
-    )
-
-
-async def download(
-    to: publish.Destination, remote: RemoteFile, timeouts: Timeouts, report: Report
-) -> str:
-    """Fetch all of `remote` into `partial_dir`, under its own name; return its SHA-256.
-
-    Raises DownloadFailed, VerificationFailed and InsufficientDisk.
-    """
-    digest = hashlib.sha256()
-    expected = done = checked = 0
-
-    def opened(answer: Opened) -> None:
-        nonlocal expected
-        expected = answer.total_bytes or 0
-        publish.require_room(to.partial_dir, expected)
-        report(0, expected)
-
-    def landed(chunk: bytes) -> None:
-        nonlocal done, checked
-        digest.update(chunk)
-        done += len(chunk)
-        if done - checked >= _RECHECK_BYTES:
-            checked = done
-            publish.require_room(to.partial_dir, 0)
-        report(done, expected)
-
-    with publish.open_partial(to, remote.name) as file:
-        if remote.size_bytes is not None:
-            opened(Opened(total_bytes=remote.size_bytes, etag=remote.etag))
-        async with session(timeouts) as client:
-            await download_range(client, remote, file.fileno(), opened=opened, landed=landed)
-    sha256 = digest.hexdigest()
-    if remote.sha256 and sha256 != remote.sha256:
-        raise VerificationFailed(
-            f"{remote.name}: the SHA-256 of what arrived is {sha256}, but it should be "
-            f"{remote.sha256}; it was thrown away, and nothing was added to the store"
-        )
-    return sha256
-
-
-async def download_range(
-    client: aiohttp.ClientSession,
-    remote: RemoteFile,
-    fd: int,
-    *,
-    start: int = 0,
-    end: int | None = None,
-    opened: Callable[[Opened], None],
-    landed: Callable[[bytes], None],
-) -> None:
-    """Write the bytes from `start` up to `end` of `remote` to `fd`, at the offsets they have there.
-
-    `end` None is the file's end. `opened` is called once before the first byte, and `landed` with
-    every chunk after it was written, in order; what they raise ends the transfer. Raises
-    DownloadFailed, and VerificationFailed if the server's file is not the one expected.
-    """
-    where = _Position(at=start, end=end)
-    with _explained(remote, client.timeout, where):
-        response, etag = await _open(client, remote, _range(start, end))
-        async with response:
-            total = _check(response, remote, etag, start, end)
-            opened(Opened(total_bytes=total, etag=etag))
-            where.end = total if end is None else end
-            while chunk := await response.content.readany():
-                if where.end is not None and where.at + len(chunk) > where.end:
-                    raise VerificationFailed(
-                        f"{remote.name}: the server sends more than the {where.end:,} bytes it has"
-                    )
-                publish.write_at(fd, chunk, where.at)
-                where.at += len(chunk)
-                landed(chunk)
-    if where.end is not None and where.at != where.end:
-        raise DownloadFailed(f"{remote.name}: the server stopped {where}")
-
-
-@dataclass(slots=True, kw_only=True)
-class _Position:
-    """How far a transfer is; reads as `after 1,000 bytes of 2,000`."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Piece:
+    """A part of the file that one connection fetches; `at` is how far it is."""
 
     at: int
     end: int | None
-
-    def __str__(self) -> str:
-        return f"after {self.at:,} bytes" + (f" of {self.end:,}" if self.end is not None else "")
-
-
-def _range(start: int, end: int | None) -> str:
-    return f"bytes={start}-{'' if end is None else end - 1}"
+    came_bytes: int = 0  # since the last look
+    slow_looks: int = 0
+    task: asyncio.Task[None] | None = None
+    replaced: bool = False
 
 
-async def _open(
-    client: aiohttp.ClientSession, remote: RemoteFile, byte_range: str
-) -> tuple[aiohttp.ClientResponse, str | None]:
-    """Follow redirects to the answer that has the bytes; return it and the file's ETag.
+class Transfer:
+    """One file's transfer. `bucket` bounds the rate of all that share it."""
 
-    A hub names the file's version on its redirect (X-Linked-Etag): the ETag of the storage behind
-    it says something else, and may differ from one address of that storage to the next.
-    """
-    url = URL(remote.url, encoded=True)
-    headers = {**remote.headers, "Range": byte_range}
-    linked: str | None = None
-    seen: set[URL] = set()
-    while url not in seen and len(seen) <= MAX_REDIRECTS:
-        seen.add(url)
-        response = await client.get(url, headers=headers, allow_redirects=False)
-        linked = linked or _plain(response.headers.get("X-Linked-Etag"))
-        target = response.headers.get("Location")
-        if response.status not in (301, 302, 303, 307, 308) or target is None:
-            return response, linked or _plain(response.headers.get("ETag"))
-        response.close()
-        following = _follow(url, target, remote.name)
-        if not _same_origin(url, following):
-            headers = {k: v for k, v in headers.items() if k.lower() not in _CREDENTIALS}
-        url = following
-    problem = "in a circle" if url in seen else f"more than {MAX_REDIRECTS} times"
-    raise DownloadFailed(f"{remote.name}: {URL(remote.url).host} redirects {problem}")
-
-
-def _follow(url: URL, target: str, name: str) -> URL:
-    """Return where `target` leads from `url`, byte for byte: it may be signed."""
-    try:
-        following = url.join(URL(target, encoded=target.isascii())).with_user(None)
-    except ValueError as error:
-        raise DownloadFailed(f"{name}: {url.host} redirects to no address ({error})") from error
-    if following.scheme not in ("http", "https"):
-        raise DownloadFailed(f"{name}: {url.host} redirects to {following.scheme}:, not to http(s)")
-    if url.scheme == "https" and following.scheme == "http":
-        raise DownloadFailed(f"{name}: {url.host} redirects to an address without TLS")
-    return following
-
-
-def _same_origin(here: URL, there: URL) -> bool:
-    """Say whether what authorises at `here` may be shown at `there`: its origin, or that on TLS."""
-    upgrade = (here.scheme, here.port, there.scheme, there.port) == ("http", 80, "https", 443)
-    same = (here.scheme, here.port) == (there.scheme, there.port)
-    return here.host == there.host and (same or upgrade)
-
-
-def _plain(etag: str | None) -> str | None:
-    return etag.removeprefix("W/").strip('"') if etag else None
-
-
-def _check(
-    response: aiohttp.ClientResponse,
-    remote: RemoteFile,
-    etag: str | None,
-    start: int,
-    end: int | None,
-) -> int | None:
-    """Return the whole file's size, if the answer is the range that was asked for."""
-    host, name = response.url.host, remote.name
-    if response.status not in (200, 206):
-        raise DownloadFailed(_refusal(response, name))
-    encoding = response.headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        raise DownloadFailed(f"{name}: {host} sends it encoded ({encoding}), though not asked to")
-    if remote.etag is not None and etag != remote.etag:
-        raise VerificationFailed(
-            f"{name} was changed on {host}: its ETag is {etag}, and was {remote.etag} before"
+    def __init__(
+        self,
+        remote: RemoteFile,
+        partial: Partial,
+        timeouts: Timeouts,
+        bucket: Bucket,
+        listener: Listener,
+    ) -> None:
+        known = partial.identity.version if partial.spans.total and not remote.sha256 else None
+        self._remote = replace(remote, etag=known)  # where a hash decides, versions need not
+        self._found: RemoteFile | None = None
+        self._partial = partial
+        self._timeouts = timeouts
+        self._bucket = bucket
+        self._listener = listener
+        self._climb = Climb()
+        self._patience = Patience(
+            timeouts.patience_s, timeouts.first_patience_s, began=bool(partial.spans.total)
         )
-    total = response.content_length
-    if response.status == 206:
-        total = _total_of_range(response, name, start, end)
-    elif start != 0 or end is not None:
-        raise DownloadFailed(f"{name}: {host} was asked for a part and sends the whole file")
-    if remote.size_bytes is not None and total is not None and total != remote.size_bytes:
-        raise VerificationFailed(
-            f"{name}: its size on {host} is {total:,} bytes, but it should be "
-            f"{remote.size_bytes:,}; nothing was added to the store"
+        self._pieces: list[_Piece] = []
+        self._piece_bytes = _FIRST_PIECE_BYTES
+        self._more_at = 0.0  # when the next connection may be opened
+        self._came_bytes = self._checked_bytes = 0
+        self._one_stream = False
+        self._begun_anew = False
+
+    async def run(self) -> None:
+        """Fetch what is missing. Raises DownloadFailed, VerificationFailed and InsufficientDisk."""
+        async with ranged.session(self._timeouts) as client:
+            while not self._complete():
+                try:
+                    await self._attempt(client)
+                except Unsteady as error:
+                    await self._wait(error)
+                except _NoParts as error:
+                    self._clean(error.message)
+                except (Changed, NoSuchRange) as error:
+                    if self._begun_anew or not self._partial.spans.total:
+                        raise
+                    self._begun_anew = True
+                    self._clean(f"{error.message}; it is fetched anew")
+        self._partial.note()
+
+    def _complete(self) -> bool:
+        size = self._partial.identity.size_bytes
+        return size is not None and self._partial.spans.covers(0, size)
+
+    async def _wait(self, error: Unsteady) -> None:
+        self._partial.note()
+        self._found = None  # an address that a redirect led to may be good for a while only
+        wait_s, words = next_try(error, self._patience)
+        self._listener.waiting(words)
+        await asyncio.sleep(wait_s)
+
+    def _clean(self, note: str) -> None:
+        """Begin again from nothing."""
+        self._listener.noted(note)
+        self._partial.clean()
+        self._identify(size_bytes=self._remote.size_bytes, version=None)
+        self._remote = replace(self._remote, etag=None)
+        self._found = None
+
+    async def _attempt(self, client: aiohttp.ClientSession) -> None:
+        """Fetch over as many connections as help, until all is here or none of them works."""
+        if self._one_stream and self._partial.spans.total:
+            self._partial.clean()
+        try:
+            self._fill(client)
+            looked_at, came = time.monotonic(), self._came_bytes
+            while self._pieces:
+                tasks = [piece.task for piece in self._pieces if piece.task is not None]
+                left_s = max(0.0, looked_at + _LOOK_S - time.monotonic())
+                done, _ = await asyncio.wait(
+                    tasks, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                self._collect(done)
+                if (passed_s := time.monotonic() - looked_at) >= _LOOK_S:
+                    self._look((self._came_bytes - came) / passed_s)
+                    looked_at, came = time.monotonic(), self._came_bytes
+                self._fill(client)
+        finally:
+            await self._hang_up()
+
+    def _collect(self, done: set[asyncio.Task[None]]) -> None:
+        """Take note of connections that ended. Raises what the last one failed with."""
+        ended = [piece for piece in self._pieces if piece.task in done]
+        self._pieces = [piece for piece in self._pieces if piece.task not in done]
+        for piece in ended:
+            assert piece.task is not None
+            if piece.replaced and piece.task.cancelled():
+                continue
+            try:
+                piece.task.result()
+            except Unsteady as error:
+                if error.too_much:
+                    self._climb.less()
+                if not self._pieces:
+                    raise
+                self._more_at = time.monotonic() + (error.after_s or _LOOK_S)
+
+    async def _hang_up(self) -> None:
+        tasks = [piece.task for piece in self._pieces if piece.task is not None]
+        self._pieces = []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _fill(self, client: aiohttp.ClientSession) -> None:
+        """Open so many connections as there should be; one, until the server is known."""
+        known = self._found is not None and not self._one_stream
+        wanted = self._climb.wanted if known else 1
+        while len(self._pieces) < wanted:
+            if self._pieces and time.monotonic() < self._more_at:
+                return
+            piece = self._next()
+            if piece is None:
+                return
+            piece.task = asyncio.create_task(self._fetch(piece, client))
+            self._pieces.append(piece)
+
+    def _next(self) -> _Piece | None:
+        """Return the first part that is neither here nor on its way."""
+        size = self._partial.identity.size_bytes
+        if self._one_stream or size is None:
+            end = None if self._one_stream else self._piece_bytes
+            return None if self._pieces or self._complete() else _Piece(at=0, end=end)
+        taken = self._partial.spans.copy()
+        for piece in self._pieces:
+            if piece.end is not None:
+                taken.add(piece.at, piece.end)
+        for start, end in taken.missing(size):
+            return _Piece(at=start, end=min(end, start + self._piece_bytes))
+        return None
+
+    def _look(self, bytes_per_s: float) -> None:
+        """Decide anew on connections, the size of pieces, and who is too slow."""
+        self._climb.look(bytes_per_s)
+        each = int(_PIECE_S * bytes_per_s / max(1, len(self._pieces)))
+        self._piece_bytes = min(max(each, _LEAST_PIECE_BYTES), _MOST_PIECE_BYTES)
+        came = sorted(piece.came_bytes for piece in self._pieces)
+        for piece in self._pieces:
+            slow = len(came) > 1 and piece.came_bytes < _SLOW_SHARE * came[len(came) // 2]
+            piece.slow_looks = piece.slow_looks + 1 if slow else 0
+            piece.came_bytes = 0
+            if piece.slow_looks >= _SLOW_LOOKS and piece.task is not None:
+                piece.replaced = True
+                piece.task.cancel()  # what it has yet to bring is asked for again
+
+    async def _fetch(self, piece: _Piece, client: aiohttp.ClientSession) -> None:
+        async with await self._ask(piece, client) as answer:
+            if not self._one_stream and (answer.whole or answer.total_bytes is None):
+                self._one_stream = True
+                if not answer.whole or self._partial.spans.total or len(self._pieces) > 1:
+                    raise _NoParts(
+                        f"{self._remote.name}: its server gives no parts of files, so all of it "
+                        "is fetched in one"
+                    )
+            if answer.whole or (piece.end or 0) > (answer.total_bytes or 0):
+                piece.end = answer.total_bytes
+            self._listener.waiting("")
+            if piece.end is not None:
+                self._partial.prepare(piece.at, min(piece.end, piece.at + _MOST_PIECE_BYTES))
+            while chunk := await answer.more():
+                await self._land(piece, chunk)
+        if piece.end is None:
+            self._identify(size_bytes=piece.at, version=self._partial.identity.version)
+
+    async def _ask(self, piece: _Piece, client: aiohttp.ClientSession) -> ranged.Answer:
+        """Ask where the file was found before, or else where it should be."""
+        if self._found is not None:
+            try:
+                return await ranged.ask(client, self._found, start=piece.at, end=piece.end)
+            except (Changed, NoSuchRange, Unsteady):
+                raise
+            except DownloadFailed:
+                self._found = None  # the address was good for a while, as signed ones are
+        answer = await ranged.ask(
+            client, self._remote, start=piece.at, end=piece.end, or_whole=True
         )
-    return remote.size_bytes if total is None else total
+        self._remote = replace(self._remote, etag=answer.etag)
+        self._found = answer.found
+        size = answer.total_bytes
+        self._identify(
+            size_bytes=self._partial.identity.size_bytes if size is None else size,
+            version=answer.etag,
+        )
+        self._room()
+        return answer
 
+    def _identify(self, *, size_bytes: int | None, version: str | None) -> None:
+        self._partial.identify(
+            msgspec.structs.replace(self._partial.identity, size_bytes=size_bytes, version=version)
+        )
 
-def _total_of_range(
-    response: aiohttp.ClientResponse, name: str, start: int, end: int | None
-) -> int | None:
-    text = response.headers.get("Content-Range", "")
-    match = _CONTENT_RANGE.fullmatch(text)
-    if match is not None and int(match[1]) == start:
-        total = None if match[3] == "*" else int(match[3])
-        last = end if end is not None else total
-        if last is None or int(match[2]) + 1 == last:
-            return total
-    raise DownloadFailed(
-        f"{name}: {response.url.host} was asked for {_range(start, end)} and sent {text!r}"
-    )
+    def _room(self) -> None:
+        folder, size = self._partial.data.parent, self._partial.identity.size_bytes or 0
+        publish.require_room(folder, missing_bytes(folder, size))
 
-
-def _refusal(response: aiohttp.ClientResponse, name: str) -> str:
-    said = f"{response.url.host} answered HTTP {response.status} {response.reason} for {name}"
-    match response.status:
-        case 401 | 403:
-            return f"{said}: it may be read only by those whom its owner allows to"
-        case 429:
-            return f"{said}: it limits how often it is asked; try again later"
-        case 416:
-            return f"{said}: the file is empty or shorter than expected"
-    return said
-
-
-@contextlib.contextmanager
-def _explained(
-    remote: RemoteFile, timeout: aiohttp.ClientTimeout, where: _Position
-) -> Iterator[None]:
-    """Turn what aiohttp raises into a DownloadFailed that says what a person can do."""
-    try:
-        yield
-    except (aiohttp.ClientError, TimeoutError) as error:
-        reason = _reason(error, str(URL(remote.url).host), timeout, where)
-        raise DownloadFailed(f"{remote.name}: {reason}") from error
-
-
-def _reason(error: Exception, host: str, timeout: aiohttp.ClientTimeout, where: _Position) -> str:
-    match error:
-        case aiohttp.ClientConnectorDNSError():
-            text = f"the host {error.host} is not known; is this computer online?"
-        case aiohttp.ClientProxyConnectionError():
-            text = f"the proxy {error.host}:{error.port} does not answer"
-        case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientSSLError():
-            text = f"no trusted TLS connection to {error.host}:{error.port} ({error})"
-        case aiohttp.ClientConnectorError():
-            reason = os.strerror(error.os_error.errno or 0)
-            text = f"cannot connect to {error.host}:{error.port} ({reason})"
-        case aiohttp.ClientHttpProxyError():
-            text = f"the proxy refused: HTTP {error.status} {error.message}"
-        case aiohttp.ConnectionTimeoutError():
-            text = f"{host} took no connection within {timeout.connect:g} s"
-        case TimeoutError():
-            text = f"{host} sent nothing for {timeout.sock_read:g} s, {where}"
-        case aiohttp.InvalidURL():
-            text = f"{host} leads to an address that is none"
-        case _:
-            text = f"the connection to {host} was lost {where}"
-    return text
+    async def _land(self, piece: _Piece, chunk: bytes) -> None:
+        full = self._partial.land(piece.at, chunk)
+        piece.at += len(chunk)
+        piece.came_bytes += len(chunk)
+        self._came_bytes += len(chunk)
+        self._patience.progress()
+        if self._came_bytes - self._checked_bytes >= _RECHECK_BYTES:
+            self._checked_bytes = self._came_bytes
+            publish.require_room(self._partial.data.parent, 0)
+        self._listener.landed(self._partial.spans.total, self._partial.identity.size_bytes or 0)
+        if full:
+            await asyncio.to_thread(self._partial.settle)
+        await self._bucket.take(len(chunk))

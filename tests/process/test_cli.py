@@ -206,7 +206,7 @@ def test_a_download_can_be_cancelled_from_another_terminal(start_daemon, tmp_pat
             while not any(j["done_bytes"] for j in downloads(daemon)):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            assert daemon.command("cancel", "model").returncode == 0
+            assert daemon.command("cancel", "model", "--drop").returncode == 0
             _, said = pulling.communicate(timeout=20)
         finally:
             pulling.kill()
@@ -267,3 +267,56 @@ def test_an_answer_is_printed_as_it_comes_and_ctrl_c_ends_it(daemon):
         running.kill()
         running.stdout.close()
         running.stderr.close()
+
+
+def test_what_a_load_would_take_is_told_before_the_download(daemon, tmp_path):
+    shown = daemon.command("estimate", SAMPLE)
+    assert shown.returncode == 0, shown.stderr
+    assert "by xllamacpp, context 4096" in shown.stdout and "it fits now" in shown.stdout
+    assert "to download: 93.8 MiB" in shown.stdout and "kv_cache" in shown.stdout
+    smaller = json.loads(
+        daemon.command("estimate", SAMPLE, "--context", "512", "--slots", "1", "--json").stdout
+    )
+    assert (smaller["context_length"], smaller["slots"], smaller["fits"]) == (512, 1, "now")
+    assert not daemon.model()["downloaded"]
+    path = tiny(tmp_path / "tiny.gguf")
+    assert "tiny by" in daemon.command("estimate", str(path)).stdout
+    refused = daemon.command("estimate", str(tmp_path / "nothing.gguf"))
+    assert refused.returncode == 1 and "nothing.gguf" in refused.stderr
+    wrong = daemon.command("estimate", SAMPLE, "--slots", "0")
+    assert wrong.returncode == 2 and "slots" in wrong.stderr
+
+
+def test_what_does_not_fit_is_said_to_with_what_would(start_daemon):
+    daemon = start_daemon(MODELD_MEMORY_LIMIT="300MiB")
+    shown = daemon.command("estimate", SAMPLE).stdout
+    assert "it fits now with a context of 4096 tokens and 1 slot (" in shown
+    assert "models may take 300 MiB" in shown
+    daemon.stop()
+    daemon = start_daemon(MODELD_MEMORY_LIMIT="100MiB")
+    assert "it does not fit: models may take 100 MiB" in daemon.command("estimate", SAMPLE).stdout
+
+
+def test_pins_and_requests_from_the_command_line(daemon):
+    daemon.download()
+    assert daemon.command("pin", SAMPLE).returncode == 0
+    assert daemon.model()["pinned"] is True
+    question = [sys.executable, "-m", "daemon", "run", SAMPLE, "Write a long story about a dog."]
+    with subprocess.Popen(
+        question, env=daemon.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        deadline = time.monotonic() + 60
+        requests: list = []
+        while not requests or requests[0]["state"] != "running":
+            requests = daemon.json("GET", "/modeld/v1/requests")["requests"]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        shown = daemon.command("ps").stdout
+        assert "REQUEST" in shown and "chat" in shown and "other programs" in shown
+        assert daemon.command("kill", requests[0]["id"]).returncode == 0
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == 1 and "the request was killed" in said
+    assert "pinned" in daemon.command("ps").stdout
+    assert daemon.command("kill", requests[0]["id"]).returncode == 1
+    assert daemon.command("unpin", SAMPLE).returncode == 0
+    assert daemon.model()["pinned"] is False

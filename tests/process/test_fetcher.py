@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ from gguf_files import Tensor, write_gguf
 from hub import Faults, LocalHub
 from yarl import URL
 
-from daemon.downloads import fetcher, hub, local, publish, transfer
-from daemon.downloads.messages import Fetch
-from daemon.errors import DownloadFailed, InsufficientDisk, InvalidRequest
-from daemon.sources import HubSource, PackageSource
+from daemon.downloads import fetcher, local, ranged, redirects
+from daemon.errors import DownloadFailed, InvalidRequest
+from daemon.sources import PackageSource, UrlSource
 
 REPO = "owner/tiny"
 NAME = "tiny-Q4_K_M.gguf"
@@ -70,7 +68,7 @@ def assert_stored(outcome: Outcome, places: Places, name: str, content: bytes) -
     (file,) = outcome.fetched.artifact.files
     assert (file.path, file.sha256) == (str(link), sha256)
     assert (file.size_bytes, file.mtime_ns) == (len(content), link.stat().st_mtime_ns)
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
 
 
 def assert_told_well(outcome: Outcome, total: int) -> None:
@@ -102,7 +100,7 @@ def test_fetches_verifies_and_publishes_a_file_of_the_hub(
     assert len(outcome.progress) >= 5
     assert len(outcome.progress) <= 5 * (outcome.times[-1] - outcome.times[0]) + 3
     (download,) = [r for r in local_hub.seen("/cdn/") if r.method == "GET"]
-    assert download.range == "bytes=0-"
+    assert download.range == f"bytes=0-{len(content) - 1}"
     for directory in (places.root / "models", places.blobs_dir, places.model_dir):
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert not (places.root / "hf-home").exists(), "the library wrote to the user's cache"
@@ -260,8 +258,8 @@ def test_puts_a_new_version_in_the_place_of_the_old(
     fetch(places, SOURCE, endpoint=local_hub.url)
     new = gguf_bytes(tmp_path, seed=1)
     local_hub.add(REPO, {NAME: new})
-    places.partial_dir.mkdir()
-    (places.partial_dir / NAME).write_bytes(b"leavings of an earlier attempt" * 100_000)
+    places.work_dir.mkdir()
+    (places.work_dir / NAME).write_bytes(b"leavings of an earlier attempt" * 100_000)
 
     fetch(places, SOURCE, endpoint=local_hub.url)
 
@@ -271,64 +269,12 @@ def test_puts_a_new_version_in_the_place_of_the_old(
 
 # which file is meant
 
-FILES = [
-    "README.md",
-    "tiny-Q4_K_M.gguf",
-    "tiny-Q4_K.gguf",
-    "tiny-IQ4_XS.gguf",
-    "tiny.q8_0.gguf",
-    "mmproj-tiny-Q8_0.gguf",
-    "big-F16-00001-of-00002.gguf",
-    "big-F16-00002-of-00002.gguf",
-]
-
-
-@pytest.mark.parametrize(
-    ("files", "file", "quantization", "chosen"),
-    [
-        (FILES, "", "", "tiny-Q4_K_M.gguf"),
-        (FILES, "", "q4_k_m", "tiny-Q4_K_M.gguf"),
-        (FILES, "", "Q4_K", "tiny-Q4_K.gguf"),
-        (FILES, "", "Q8_0", "tiny.q8_0.gguf"),
-        (FILES, "mmproj-tiny-Q8_0.gguf", "", "mmproj-tiny-Q8_0.gguf"),
-        (["README.md", "mmproj-F16.gguf", "only.gguf"], "", "", "only.gguf"),
-        (["one-00001-of-00001.gguf"], "", "", "one-00001-of-00001.gguf"),
-        (["sub/dir/x-Q4_0.gguf", "x-Q5_0.gguf"], "", "q4_0", "sub/dir/x-Q4_0.gguf"),
-    ],
-)
-def test_chooses(files: list[str], file: str, quantization: str, chosen: str) -> None:
-    source = HubSource(repo=REPO, file=file, quantization=quantization)
-
-    assert hub.choose(files, source) == chosen
-
-
-@pytest.mark.parametrize(
-    ("files", "file", "quantization", "words"),
-    [
-        (FILES, "", "Q4_XS", ["no file of quantization Q4_XS", "tiny-IQ4_XS.gguf"]),
-        (FILES, "", "F16", ["one of 2 parts", "not supported yet"]),
-        (FILES, "big-F16-00002-of-00002.gguf", "", ["one of 2 parts"]),
-        (FILES, "nothing.gguf", "", ["no file 'nothing.gguf'", "tiny-Q4_K_M.gguf"]),
-        (["a-Q8_0.gguf", "b-Q8_0.gguf"], "", "Q8_0", ["several files", "a-Q8_0.gguf, b-Q8_0.gguf"]),
-        (["a-Q8_0.gguf", "b-Q6_K.gguf"], "", "", ["no file of quantization Q4_K_M", "b-Q6_K.gguf"]),
-        (["model.safetensors"], "", "", ["no GGUF files"]),
-        ([f"m-{n:03}.gguf" for n in range(99)], "", "", ["m-029.gguf and 69 more"]),
-    ],
-)
-def test_says_what_there_is_to_choose(
-    files: list[str], file: str, quantization: str, words: list[str]
-) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        hub.choose(files, HubSource(repo=REPO, file=file, quantization=quantization))
-
-    assert all(word in caught.value.message for word in words), caught.value.message
-
 
 def test_fetches_the_quantization_that_was_asked_for(
     places: Places, local_hub: LocalHub, content: bytes, tmp_path: Path
 ) -> None:
     other = gguf_bytes(tmp_path, seed=7)
-    local_hub.add(REPO, {NAME: content, "sub/tiny-Q8_0.gguf": other, "mmproj-Q8_0.gguf": b"x"})
+    local_hub.add(REPO, {NAME: content, "sub/tiny-Q8_0.gguf": other})
 
     outcome = fetch(places, f"hf:{REPO}:q8_0", endpoint=local_hub.url)
 
@@ -348,52 +294,6 @@ def refused(
     assert "Traceback" not in outcome.stderr
     assert places.stored() == []
     return outcome.error.code, outcome.error.message
-
-
-@pytest.mark.parametrize(
-    ("faults", "words"),
-    [
-        (Faults(truncate_at=100_000), [NAME, "was lost after 100,000 bytes of 262,"]),
-        (Faults(stall_at=70_000), [NAME, "sent nothing for 0.5 s, after 70,000 bytes"]),
-        (Faults(corrupt_at=200_000), [NAME, "SHA-256 of what arrived is", "should be"]),
-        (Faults(served_bytes=9_999), [NAME, "is 9,999 bytes", "should be 262,"]),
-        (Faults(listed_bytes=9_999), [NAME, "is 262,", "should be 9,999"]),
-        (Faults(redirect="loop"), [NAME, "redirects in a circle"]),
-        (Faults(redirect="endless"), [NAME, "redirects more than 10 times"]),
-        (Faults(wrong_range=True), [NAME, "was asked for bytes=0-", "bytes 1-"]),
-        (Faults(encoding="gzip"), [NAME, "encoded (gzip)"]),
-        (Faults(status=503), [NAME, "HTTP 503 Service Unavailable"]),
-    ],
-    ids=[
-        "cut-off",
-        "stalled",
-        "corrupt",
-        "served-size",
-        "listed-size",
-        "circle",
-        "endless",
-        "other-part",
-        "encoded",
-        "unavailable",
-    ],
-)
-def test_a_transfer_that_goes_wrong_says_how(
-    places: Places, local_hub: LocalHub, faults: Faults, words: list[str]
-) -> None:
-    local_hub.faults = faults
-
-    code, text = refused(places, local_hub, arguments=["--stall-timeout-s=0.5"])
-
-    assert code == "download_failed"
-    assert all(word in text for word in words), text
-
-
-def test_what_failed_verification_is_not_kept(places: Places, local_hub: LocalHub) -> None:
-    local_hub.faults.corrupt_at = 5000
-
-    refused(places, local_hub)
-
-    assert not places.partial_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -454,7 +354,7 @@ def test_a_host_that_cannot_be_reached_is_named(
 ) -> None:
     source = SOURCE if kind == "hub" else f"{endpoint}/x.gguf"
 
-    code, text = refused(places, endpoint, source)
+    code, text = refused(places, endpoint, source, arguments=["--first-patience-s=1"])
 
     assert code == "download_failed"
     assert all(word in text for word in words), text
@@ -495,29 +395,7 @@ def test_looks_at_the_disk_before_it_fetches(
     assert code == "insufficient_disk"
     assert "needs 1,000,000,067,108,864" in text
     assert "bytes free" in text
-    assert not places.partial_dir.exists()
-
-
-def test_a_disk_that_fills_up_is_said_to_be_full(
-    places: Places, local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    places.partial_dir.mkdir(parents=True)
-    full = Path("/dev/full")
-    monkeypatch.setattr(publish, "open_partial", lambda to, name: full.open("r+b", buffering=0))
-    message = Fetch(
-        source=local_hub.file_url(REPO, NAME),
-        partial_dir=str(places.partial_dir),
-        blobs_dir=str(places.blobs_dir),
-        model_dir=str(places.model_dir),
-        hub_endpoint="",
-    )
-    download = fetcher.Download(
-        message, fetcher.Reporter(lambda _: None), transfer.Timeouts(), token=""
-    )
-
-    with pytest.raises(InsufficientDisk, match=r"is full: [\d,]+ bytes are free"):
-        download.run()
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
 
 
 @pytest.mark.parametrize("kind", ["hub", "url", "path"])
@@ -534,7 +412,7 @@ def test_a_file_that_is_no_whole_gguf_does_not_enter_the_store(
 
     assert code == "invalid_model_file"
     assert text.startswith(NAME), text
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
     assert (tmp_path / NAME).read_bytes() == bad
 
 
@@ -794,68 +672,70 @@ def test_progress_keeps_its_pace_and_never_goes_back() -> None:
     report = fetcher.Reporter(lambda frame: sent.append((now[0], frame)), clock=lambda: now[0])
 
     report.started()
+    report.expect({"a": 100, "b": 300})
+    report.file("a")(100, 100)
+    landed = report.file("b")
     for step in range(1, 301):
         now[0] = step / 100
-        report(step if step % 7 else step // 2, 300)
+        landed(step if step % 7 else step // 2, 300)
     report.verifying()
 
     done = [frame.done_bytes for _, frame in sent]
     assert done == sorted(done)
+    of_file = [frame.files[1].done_bytes for _, frame in sent[1:]]
+    assert of_file == sorted(of_file)
+    assert {frame.total_bytes for _, frame in sent[1:]} == {400}
+    assert [file.name for file in sent[-1][1].files] == ["a", "b"]
     times = [time for time, _ in sent]
     assert all(sixth - first >= 1 for first, sixth in zip(times, times[5:], strict=False))
-    assert 9 <= len(sent) <= 12
+    assert 9 <= len(sent) <= 13
 
 
 # one range of a file
 
 
-def ranged(
-    local_hub: LocalHub, path: Path, *, start: int = 0, end: int | None = None, etag: str = ""
-) -> transfer.Opened:
-    """Fetch a part of the hub's file into `path`; return what the server said of the whole."""
-    remote = transfer.RemoteFile(name=NAME, url=local_hub.file_url(REPO, NAME), etag=etag or None)
-    said: list[transfer.Opened] = []
+def part_of(
+    local_hub: LocalHub, *, start: int = 0, end: int | None = None, etag: str = ""
+) -> tuple[str | None, int | None, bytes]:
+    """Return the version and size of the hub's file, and a part of it."""
+    remote = ranged.RemoteFile(name=NAME, url=local_hub.file_url(REPO, NAME), etag=etag or None)
 
-    async def run(fd: int) -> None:
-        async with transfer.session(transfer.Timeouts()) as client:
-            await transfer.download_range(
-                client, remote, fd, start=start, end=end, opened=said.append, landed=lambda _: None
-            )
+    async def run() -> tuple[str | None, int | None, bytes]:
+        async with (
+            ranged.session(ranged.Timeouts()) as client,
+            await ranged.ask(client, remote, start=start, end=end) as answer,
+        ):
+            part = b""
+            while chunk := await answer.more():
+                part += chunk
+            return answer.etag, answer.total_bytes, part
 
-    with closing(path.open("r+b" if path.exists() else "w+b")) as file:
-        asyncio.run(run(file.fileno()))
-    return said[0]
-
-
-def test_parts_come_together_in_any_order(
-    local_hub: LocalHub, content: bytes, tmp_path: Path
-) -> None:
-    path = tmp_path / "parts"
-
-    last = ranged(local_hub, path, start=100_000)
-    first = ranged(local_hub, path, end=100_000, etag=last.etag or "")
-
-    assert first == last
-    assert first.total_bytes == len(content)
-    assert path.read_bytes() == content
+    return asyncio.run(run())
 
 
-def test_a_part_of_another_version_is_refused(local_hub: LocalHub, tmp_path: Path) -> None:
+def test_a_part_is_what_was_asked_for(local_hub: LocalHub, content: bytes) -> None:
+    etag, size, last = part_of(local_hub, start=100_000)
+    assert etag
+    assert (size, last) == (len(content), content[100_000:])
+    assert part_of(local_hub, end=100_000, etag=etag) == (etag, size, content[:100_000])
+
+
+def test_a_part_of_another_version_is_refused(local_hub: LocalHub) -> None:
     local_hub.faults.etag_counter = True
-    before = ranged(local_hub, tmp_path / "part", end=1000)
+    etag, _, _ = part_of(local_hub, end=1000)
 
-    with pytest.raises(publish.VerificationFailed, match="was changed on 127.0.0.1: its ETag is"):
-        ranged(local_hub, tmp_path / "part", start=1000, etag=before.etag or "")
+    with pytest.raises(ranged.Changed, match="was changed on 127.0.0.1: its ETag is"):
+        part_of(local_hub, start=1000, etag=etag or "")
 
 
 @pytest.mark.parametrize(("start", "end"), [(1000, None), (0, 1000)])
 def test_the_whole_file_is_not_taken_for_a_part(
-    local_hub: LocalHub, tmp_path: Path, start: int, end: int | None
+    local_hub: LocalHub, start: int, end: int | None
 ) -> None:
     local_hub.faults.no_range = True
 
     with pytest.raises(DownloadFailed, match="asked for a part and sends the whole file"):
-        ranged(local_hub, tmp_path / "part", start=start, end=end)
+        part_of(local_hub, start=start, end=end)
 
 
 @pytest.mark.parametrize(
@@ -872,10 +752,12 @@ def test_the_whole_file_is_not_taken_for_a_part(
     ],
 )
 def test_credentials_follow_to_the_same_origin_only(here: str, there: str, kept: bool) -> None:
-    assert transfer._same_origin(URL(here), URL(there)) is kept
+    headers = {"Authorization": "Bearer x", "cookie": "x", "User-Agent": "x"}
+    left = headers if kept else {"User-Agent": "x"}
+    assert redirects.shown(headers, URL(here), URL(there)) == left
 
 
 @pytest.mark.parametrize("url", ["http://", "https:///x.gguf", "http://host/", "http://[::1/x"])
 def test_an_address_of_nothing_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest):
-        transfer.from_url(url)
+        ranged.from_url(UrlSource(url=url))

@@ -118,7 +118,7 @@ def assert_stored(outcome: Outcome, places: Places, source: Path) -> None:
         assert link.samefile(places.blobs_dir / file.sha256)
     blobs = {f"blobs/{sha256(source / name)}" for name in NAMES}
     assert tree(places) == sorted(blobs | {f"models/one/{name}" for name in NAMES})
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
     check_unchanged(outcome.fetched.artifact)
 
 
@@ -285,7 +285,7 @@ def test_if_one_file_cannot_be_linked_all_stay_where_they_are(places, mine, tmp_
 
     assert names(outcome, mine) == list(zip(NAMES, ROLES, strict=True))
     assert not places.model_dir.exists()
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
 
 
 # folders with faults
@@ -487,7 +487,7 @@ def test_one_changed_file_of_a_package_keeps_the_whole_model_out(places, mine, t
 
     assert code == "download_failed"
     assert name in text and "has been changed since: install its package again" in text
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -517,7 +517,7 @@ def test_room_for_all_files_of_a_package_is_looked_for_first(places, mine, tmp_p
 
     assert code == "insufficient_disk"
     assert "needs 10,000,0" in text
-    assert not places.partial_dir.exists()
+    assert not places.work_dir.exists()
 
 
 # ONNX

@@ -65,14 +65,14 @@ async def test_free_memory_is_asked_anew_each_time(pynvml, two_cards, tmp_path):
     pynvml(WORKS.format(root=str(two_cards), log=str(log)))
     one = Machine(two_cards)
     assert [gpu.name for gpu in one.known.gpus] == [
-        "NVIDIA GeForce RTX 4090",
-        "NVIDIA GeForce RTX 3060",
+        "NVIDIA GeForce RTX 4080 SUPER",
+        "NVIDIA GeForce RTX 2080 SUPER",
     ]
     assert {gpu.free_bytes for gpu in one.known.gpus} == {None}
-    assert [gpu.free_bytes for gpu in (await one.look()).gpus] == [25174736896, 9663676416]
+    assert [gpu.free_bytes for gpu in (await one.look()).gpus] == [16093544448, 7938768896]
     facts = two_cards / "nvml.json"
-    facts.write_text(facts.read_text().replace("9663676416", "123"))
-    assert [gpu.free_bytes for gpu in (await one.look()).gpus] == [25174736896, 123]
+    facts.write_text(facts.read_text().replace("7938768896", "123"))
+    assert [gpu.free_bytes for gpu in (await one.look()).gpus] == [16093544448, 123]
     assert one.known.gpus[1].free_bytes == 123 and one.known.problems == ()
     assert "pynvml" not in sys.modules
     before = log.read_text()
@@ -110,10 +110,10 @@ async def test_without_nvidia_nothing_is_started(pynvml, tmp_path, monkeypatch):
     pynvml(CRASHES)
     lay_out(tmp_path / "amd", "amd_card")
     amd = Machine(tmp_path / "amd")
-    assert (await amd.look()).gpus[0].free_bytes == 25753026560 - 1326448640
+    assert (await amd.look()).gpus[0].free_bytes == 17163091968 - 668274688
     used = next((tmp_path / "amd").rglob("mem_info_vram_used"))
     used.write_text("0\n")
-    assert (await amd.look()).gpus[0].free_bytes == 25753026560
+    assert (await amd.look()).gpus[0].free_bytes == 17163091968
     lay_out(tmp_path / "none", "container")
     none = Machine(tmp_path / "none")
     assert await none.look() is none.known
@@ -186,8 +186,8 @@ def test_the_daemon_starts_and_lives_beside_a_library_that_misbehaves(
         seconds.append(seen["seconds"])
         assert not seen["pynvml"]
         assert [gpu["name"] for gpu in seen["hardware"]["gpus"]] == [
-            "NVIDIA GeForce RTX 4090",
-            "NVIDIA GeForce RTX 3060",
+            "NVIDIA GeForce RTX 4080 SUPER",
+            "NVIDIA GeForce RTX 2080 SUPER",
         ]
         assert "NVML can't be asked" in " ".join(seen["hardware"]["problems"])
     assert min(seconds) < 2

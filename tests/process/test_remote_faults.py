@@ -43,7 +43,7 @@ from backends.contract import (
     Upstream,
 )
 from daemon import errors
-from daemon.memory.measure import worker_memory
+from daemon.memory.measure import worker_use
 from daemon.workers.lister import list_models
 from daemon.workers.worker import Worker
 
@@ -133,7 +133,7 @@ async def test_what_a_worker_takes_is_what_was_estimated(worker):
 
     await parts(worker, HELLO)
     estimate = Remote.estimate(ARTIFACT, LoadOptions()).total_bytes
-    assert estimate / 2 < worker_memory(worker.pid, []) < estimate
+    assert estimate / 2 < worker_use(worker.pid, []).total_bytes < estimate
 
 
 @pytest.mark.parametrize("key", ["", "sk-wrong-one-0123456789"])
@@ -217,6 +217,15 @@ async def test_calls_reasoning_and_logprobs_are_passed_on(worker, upstream):
         Delta(tool_calls=(ToolCall(index=1, arguments='wn":1}'),)),
     ]
     assert done.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(("told", "stopped_by"), [("END", "END"), (7, ""), (None, "")])
+async def test_which_stop_sequence_it_was_is_passed_on_where_an_upstream_tells(
+    worker, upstream, told, stopped_by
+):
+    last = {"delta": {}, "finish_reason": "stop", "stop_reason": told}
+    upstream.plan = [stream({"choices": [{"delta": {"content": "a"}}]}, {"choices": [last]})]
+    assert (await parts(worker, HELLO))[-1].stopped_by == stopped_by
 
 
 async def test_a_completion_has_its_text_and_its_old_kind_of_logprobs(worker, upstream):

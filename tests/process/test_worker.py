@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -14,7 +15,16 @@ import psutil
 import pytest
 
 from backends import wire
-from backends.contract import Artifact, ChatRequest, Delta, Done, LoadSpec, ModelFile, Sampling
+from backends.contract import (
+    Artifact,
+    ChatRequest,
+    Delta,
+    Done,
+    LoadSpec,
+    ModelFile,
+    Sampling,
+    SavedConversation,
+)
 from daemon import errors
 from daemon.workers import worker as worker_module
 from daemon.workers.child import Child
@@ -33,13 +43,13 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     """`await start()` gives a worker of the reference backend, `await start("torn")` a bad one."""
     started: list[Worker] = []
 
-    async def start_worker(program: str = "", *arguments: str) -> Worker:
+    async def start_worker(program: str = "", *arguments: str, backend: str = "") -> Worker:
         if program:
             command = [str(CHILDREN / f"{program}.py"), *arguments]
             child = await Child.start(command, union=wire.FromWorker, name="tiny")
             worker = Worker(child, "tiny")
         else:
-            path = "reference_backend:ReferenceBackend"
+            path = backend or "reference_backend:ReferenceBackend"
             worker = await Worker.start(path, name="tiny", scratch=tmp_path)
         started.append(worker)
         return worker
@@ -58,8 +68,17 @@ async def worker(start: Start) -> Worker:
     return worker
 
 
-async def load(worker: Worker, order: str = "", *, slots: int = 2, timeout_s: float = PATIENCE_S):
-    """Load a model; `order` tells the reference backend how that goes."""
+async def load(
+    worker: Worker,
+    order: str = "",
+    *,
+    slots: int = 2,
+    timeout_s: float = PATIENCE_S,
+    saved: tuple[SavedConversation, ...] = (),
+    folder: Path | str = "",
+    **orders: str,
+):
+    """Load a model; `order` and `orders` tell the reference backend how that and more goes."""
     artifact = Artifact(
         format="gguf",
         files=(ModelFile(path="/m.gguf", size_bytes=1, mtime_ns=1, sha256=""),),
@@ -68,9 +87,17 @@ async def load(worker: Worker, order: str = "", *, slots: int = 2, timeout_s: fl
         quantization="F16",
         context_length=1024,
         weights_bytes=1,
-        metadata={"test.load": order},
+        metadata={"test.load": order} | {f"test.{name}": how for name, how in orders.items()},
     )
-    spec = LoadSpec(artifact=artifact, context_length=512, slots=slots, threads=1, scratch_dir="/")
+    spec = LoadSpec(
+        artifact=artifact,
+        context_length=512,
+        slots=slots,
+        threads=1,
+        scratch_dir="/",
+        state_dir=str(folder),
+        conversations=saved,
+    )
     return await worker.load(spec, timeout_s=timeout_s, progress=lambda _: None)
 
 
@@ -264,6 +291,26 @@ def test_a_backend_s_code_becomes_the_daemon_s_error(code, kind):
     assert type(error) is kind and error.message == "why"
 
 
+def test_how_long_a_prompt_was_that_did_not_fit_is_passed_on():
+    assert error_from("context_length_exceeded", "why", 5000).tokens == 5000
+    assert error_from("context_length_exceeded", "why").tokens is None
+
+
+async def test_a_request_is_finished_before_its_last_answer_is_taken():
+    request, seen = Request(), []
+
+    async def take():
+        answer = await request.answers.get()
+        seen.append((answer, request.finished.done()))
+
+    request.finished.add_done_callback(lambda _: seen.append("finished"))
+    taking = asyncio.create_task(take())
+    await asyncio.sleep(0)
+    request.finish(Done(finish_reason="stop"))
+    await taking
+    assert seen == ["finished", (Done(finish_reason="stop"), True)]
+
+
 # cancelling
 
 
@@ -314,6 +361,148 @@ async def test_a_request_that_ignores_its_cancel_costs_the_worker_its_life(worke
     assert isinstance(await failure(stuck), errors.WorkerCrashed)
     assert isinstance(await failure(other), errors.WorkerCrashed)
     assert isinstance(await end_of(worker), errors.WorkerCrashed)
+
+
+# saving and restoring conversations
+
+
+async def save(worker: Worker, folder: Path, *, timeout_s: float = PATIENCE_S):
+    return await worker.save_state(folder, limit_bytes=1000, timeout_s=timeout_s)
+
+
+async def tell(worker: Worker, *said: str) -> int:
+    """Say something after what was said before; return how much of it was known."""
+    messages = tuple({"role": "user", "content": each} for each in said)
+    return (await answer(worker.submit(ChatRequest(messages=messages))[1]))[1].usage.cached_tokens
+
+
+async def test_what_one_worker_saves_another_one_restores(start, tmp_path):
+    folder = tmp_path / "states" / "key"
+    worker = await start()
+    assert (await load(worker)).restored == ()
+    assert await save(worker, folder) == ()
+    await tell(worker, "größe 🙂")
+    await tell(worker, "one two three")
+    saved = await save(worker, folder)
+    assert [each.tokens for each in saved] == [6, 4]  # what was said and what was answered
+    assert {path.name for path in folder.iterdir()} == {each.name for each in saved}
+    await worker.stop("unloaded")
+    other = await start()
+    loaded = await load(other, saved=saved, folder=folder)
+    assert loaded.restored == tuple(each.name for each in saved)
+    assert await tell(other, "größe 🙂", "größe 🙂", "more") == 4
+
+
+async def test_no_more_is_restored_than_there_are_slots(start, worker, tmp_path):
+    await tell(worker, "one two three")
+    await tell(worker, "four")
+    saved = await save(worker, tmp_path)
+    other = await start()
+    loaded = await load(other, saved=saved, folder=tmp_path, slots=1)
+    assert loaded.restored == (saved[0].name,)
+
+
+async def test_what_a_worker_writes_is_for_its_user_alone(start, tmp_path):
+    before = os.umask(0)
+    try:
+        worker = await start()
+    finally:
+        os.umask(before)
+    await load(worker)
+    await tell(worker, "one")
+    folder = tmp_path / "states" / "key"
+    (saved,) = await save(worker, folder)
+    for path in (folder.parent, folder, folder / saved.name):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+
+
+async def test_nothing_is_saved_while_a_request_runs(worker, tmp_path):
+    request_id, request = worker.submit(say("!slow 100000"))
+    await first_delta(request)
+    with pytest.raises(errors.EngineError, match="while requests"):
+        await save(worker, tmp_path)
+    await worker.cancel(request_id)
+    assert await save(worker, tmp_path) == ()
+
+
+async def test_no_request_runs_while_it_is_saved(start, tmp_path):
+    worker = await start()
+    await load(worker, save="hang")
+    saving = asyncio.create_task(save(worker, tmp_path))
+    await asyncio.sleep(0)
+    error = await failure(worker.submit(say("hello"))[1])
+    assert isinstance(error, errors.EngineError) and "being saved" in error.message
+    with pytest.raises(errors.EngineError, match="another save"):
+        await save(worker, tmp_path)
+    assert not saving.done()
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.stop("it was unloaded")
+    with pytest.raises(errors.Conflict, match="it was unloaded"):
+        await saving
+
+
+async def test_a_save_that_takes_too_long_is_given_up(start, tmp_path):
+    worker = await start()
+    await load(worker, save="hang")
+    with pytest.raises(errors.EngineError, match=r"tiny did not save .* within 0\.2 s"):
+        await save(worker, tmp_path, timeout_s=0.2)
+    assert not worker.ended.done()
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.stop("it was unloaded")
+    assert await end_of(worker) is None
+
+
+async def test_a_save_that_is_answered_after_it_was_given_up_harms_nothing(worker, tmp_path):
+    await tell(worker, "one")
+    saving = asyncio.create_task(save(worker, tmp_path))
+    await asyncio.sleep(0)
+    saving.cancel()
+    await asyncio.wait([saving])
+    while not list(tmp_path.glob("*.kv")):
+        await asyncio.sleep(0.01)
+    assert await tell(worker, "one", "one") == 2
+
+
+@pytest.mark.parametrize(("how", "why"), [("fail", "made to fail"), ("bug", "a bug of a backend")])
+async def test_a_save_that_fails_says_why_and_costs_nothing_else(start, tmp_path, how, why):
+    worker = await start()
+    await load(worker, save=how)
+    with pytest.raises(errors.EngineError, match=why):
+        await save(worker, tmp_path)
+    assert await tell(worker, "one") == 0
+
+
+async def test_a_crash_while_it_is_saved_is_told(start, tmp_path):
+    worker = await start()
+    await load(worker, save="hang")
+    saving = asyncio.create_task(save(worker, tmp_path))
+    while worker._child.last_line() != "it hangs":
+        await asyncio.sleep(0.01)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(errors.WorkerCrashed, match="SIGKILL"):
+        await saving
+    with pytest.raises(errors.WorkerCrashed):
+        await save(worker, tmp_path)
+
+
+async def test_a_backend_that_cannot_save_says_so(start, tmp_path):
+    worker = await start(backend="modeld_recital:Recital")
+    with pytest.raises(errors.EngineError, match="this backend can't save"):
+        await save(worker, tmp_path)
+
+
+async def test_nothing_is_saved_before_a_load(start, tmp_path):
+    with pytest.raises(errors.EngineError, match="no model is loaded"):
+        await save(await start(), tmp_path)
+
+
+@pytest.mark.parametrize("how", ["fail", "bug"])
+async def test_a_restore_that_fails_does_not_fail_the_load(start, worker, tmp_path, how):
+    await tell(worker, "one")
+    saved = await save(worker, tmp_path)
+    other = await start()
+    assert (await load(other, saved=saved, folder=tmp_path, restore=how)).restored == ()
+    assert await tell(other, "one", "one") == 0
 
 
 # crashing

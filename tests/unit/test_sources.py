@@ -78,6 +78,11 @@ BAD = [
     "~/m.gguf",
     "file:///m.gguf",
     "ftp://host/m.gguf",
+    "https://",
+    "https:///m.gguf",
+    "http://[::1/m.gguf",
+    "http://host:port/m.gguf",
+    "http://host:99999/m.gguf",
 ]
 
 
@@ -140,6 +145,9 @@ def test_a_long_name_is_cut_to_what_a_name_may_be():
     [
         ("https://u:p@host/a/m.gguf?sig=x#y", "https://host/a/m.gguf"),
         ("http://host:8080/m.gguf", "http://host:8080/m.gguf"),
+        ("https://u:p@[::1/m.gguf", "https://[::1/m.gguf"),
+        ("https://u:p@host:x/m.gguf?y", "https://host:x/m.gguf"),
+        ("https://host", "https://host"),
         ("hf:a/b@main", "hf:a/b@main"),
         ("/home/me/m@home.gguf", "/home/me/m@home.gguf"),
         ("", ""),

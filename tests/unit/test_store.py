@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from backends.contract import Artifact, ModelFile
+from daemon.downloads.unfinished import locked
 from daemon.errors import Conflict
-from daemon.store import Store, check_unchanged
+from daemon.store import Store, check_unchanged, remove_at_once
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def new_id() -> str:
 def test_a_model_s_folders_are_named_by_its_id(store):
     model_id = new_id()
     assert store.model_dir(model_id) == store.root / "models" / model_id
-    assert store.partial_dir(model_id) == store.root / "partial" / model_id
+    assert store.work_dir(model_id) == store.root / "work" / model_id
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_a_model_s_folders_are_named_by_its_id(store):
     ],
 )
 def test_what_is_no_id_never_becomes_a_path(store, model_id):
-    for use in (store.model_dir, store.partial_dir, store.drop_model, store.drop_partial):
+    for use in (store.model_dir, store.work_dir, store.drop_model, store.drop_work):
         with pytest.raises(ValueError, match="is not a model id"):
             use(model_id)
 
@@ -96,12 +98,15 @@ def test_what_an_earlier_daemon_did_not_finish_goes_and_all_that_is_whole_stays(
     model_id = new_id()
     left = store.new_scratch()
     link(store, model_id, "m.gguf", add_blob(store, "a" * 64))
-    store.partial_dir(model_id).mkdir()
-    (store.partial_dir(model_id) / "m.gguf").touch()
+    store.work_dir(model_id).mkdir()
+    (store.work_dir(model_id) / "m.gguf").touch()
+    (store.partials / ("a" * 64)).mkdir()
+    (store.partials / ("a" * 64) / "data").write_bytes(b"what is here")
     again = Store(store.root)
-    assert not left.exists() and not again.partial_dir(model_id).exists()
+    assert not left.exists() and not again.work_dir(model_id).exists()
+    assert (again.partials / ("a" * 64) / "data").read_bytes() == b"what is here"
     assert (again.model_dir(model_id) / "m.gguf").read_bytes() == b"weights"
-    for folder in ("scratch", "partial"):
+    for folder in ("scratch", "work"):
         assert stat.S_IMODE((again.root / folder).stat().st_mode) == 0o700
 
 
@@ -179,17 +184,24 @@ def test_models_may_be_dropped_side_by_side(store):
 
 def test_dropping_what_is_not_there_is_no_error(store):
     store.drop_model(new_id())
-    store.drop_partial(new_id())
+    store.drop_work(new_id())
+    store.drop_partial("a" * 64)
+
+
+@pytest.mark.parametrize("key", ["", "..", "../blobs", "a/b", "A" * 64, "a" * 39, "u-"])
+def test_a_key_of_an_unfinished_file_leads_nowhere_else(store, key):
+    with pytest.raises(ValueError, match="no key"):
+        store.drop_partial(key)
 
 
 def test_an_unfinished_download_is_dropped_alone(store):
     one, two = new_id(), new_id()
     for model_id in (one, two):
-        store.partial_dir(model_id).mkdir()
-        (store.partial_dir(model_id) / "m.gguf").touch()
-    store.drop_partial(one)
-    assert not store.partial_dir(one).exists()
-    assert (store.partial_dir(two) / "m.gguf").exists()
+        store.work_dir(model_id).mkdir()
+        (store.work_dir(model_id) / "m.gguf").touch()
+    store.drop_work(one)
+    assert not store.work_dir(one).exists()
+    assert (store.work_dir(two) / "m.gguf").exists()
 
 
 # unchanged files
@@ -280,3 +292,36 @@ def test_a_sweep_removes_what_a_kill_left_and_nothing_else(store, tmp_path):
     assert kept.read_bytes() == b"shared" and own.read_bytes() == b"unrecorded"
     assert sorted(path.name for path in store.blobs.iterdir()) == ["a" * 64]
     assert not store.model_dir(half).exists() and not orphan.exists()
+
+
+def test_an_unfinished_file_that_somebody_works_on_stays(tmp_path):
+    store = Store(tmp_path)
+    folder = store.partials / ("a" * 64)
+    with locked(folder, lambda: None):
+        (folder / "data").write_bytes(b"x")
+        store.drop_partial(folder.name)
+        assert (folder / "data").read_bytes() == b"x"
+    store.drop_partial(folder.name)
+    assert not folder.exists() and list((tmp_path / "scratch").iterdir()) == []
+    store.drop_partial(folder.name)
+
+
+def test_who_waits_for_an_unfinished_file_that_is_removed_begins_anew(tmp_path):
+    store = Store(tmp_path)
+    folder = store.partials / ("b" * 64)
+    found: list[bool] = []
+    told = threading.Event()
+
+    def work() -> None:
+        with locked(folder, told.set):
+            found.append((folder / "data").exists())
+            (folder / "data").write_bytes(b"new")
+
+    waiting = threading.Thread(target=work)
+    with locked(folder, lambda: None):
+        (folder / "data").write_bytes(b"old")
+        waiting.start()
+        assert told.wait(10)
+        remove_at_once(folder, tmp_path / "scratch")
+    waiting.join(10)
+    assert found == [False] and (folder / "data").read_bytes() == b"new"
