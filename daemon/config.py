@@ -10,6 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ from daemon.errors import ConfigError
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|ms|s|m|h)")
 _UPSTREAM_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _TAKEN_NAMES = frozenset({"hf", "http", "https", "package", "remote"})  # a source begins so
 _API_KEY = re.compile(r"[^\x00-\x20\x7f-\U0010ffff\"'\\]*")  # what no escaping can disguise
@@ -34,40 +37,79 @@ class Server(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     pieces_version: str = "12.0.0"
+    pieces_aliases: bool = True
     log_level: str = "info"
 
 
+class Resume(StrEnum):
+    """For how long the conversations of models that are unloaded are kept."""
+
+    SESSION = "session"
+    KEEP = "keep"
+    OFF = "off"
+
+
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much RAM models may take."""
+    """How much RAM models may take. "" goes by the machine."""
 
     limit: int | str = ""
-    reserve: int | str = "2GiB"
+    reserve: int | str = ""
+    watermark: int | str = ""
+    wait_s: int = 60
 
     def limit_bytes(self) -> int | None:
         """Return the explicit limit, or None to go by the machine."""
         return parse_size(self.limit, "memory.limit") if self.limit != "" else None
 
-    def reserve_bytes(self) -> int:
+    def reserve_bytes(self) -> int | None:
         """Return what is left to everything else when there is no explicit limit."""
-        return parse_size(self.reserve, "memory.reserve")
+        return parse_size(self.reserve, "memory.reserve") if self.reserve != "" else None
+
+    def watermark_bytes(self) -> int | None:
+        """Return the available RAM below which idle models leave."""
+        return parse_size(self.watermark, "memory.watermark") if self.watermark != "" else None
 
 
 class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How models are loaded and asked. 0 and "" leave a choice to modeld."""
+    """How models are loaded, asked and unloaded. 0 and "" leave a choice to modeld.
 
+    `default` is the chat model that is meant where none is named. Without `load_on_demand` requests
+    are answered by models that are in memory, and by no others.
+    """
+
+    default: str = ""
     backend: str = ""
     context_length: int = 0
     slots: int = 0
     queue_limit: int = 128
     load_timeout_s: int = 600
+    load_on_demand: bool = True
+    keep_alive: int | float | str = "5m"
+    max_run_s: int = 3600
+    resume: Resume = Resume.SESSION
+    resume_limit: int | str = "4GiB"
+
+    def keep_alive_s(self) -> float:
+        """Return how long an idle model stays, in seconds; `math.inf` for ever."""
+        return parse_duration(self.keep_alive, "models.keep_alive")
+
+    def resume_limit_bytes(self) -> int:
+        """Return how much may be kept of conversations."""
+        return parse_size(self.resume_limit, "models.resume_limit")
 
 
 class Downloads(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How models are fetched. An empty `hub_endpoint` is the Hugging Face hub."""
 
     max_active: int = 2
+    bandwidth_limit: int | str = ""
     hub_endpoint: str = ""
     offline: bool = False
+
+    def bandwidth_bytes_per_s(self) -> int:
+        """Return what all downloads together may use; 0 is all there is."""
+        limit = self.bandwidth_limit
+        return parse_size(limit, "downloads.bandwidth_limit") if limit != "" else 0
 
 
 class Remote(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -118,6 +160,27 @@ def parse_size(value: int | str, key: str) -> int:
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f'{key} = {value!r} is not a size; write bytes or a size such as "2GiB"')
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_duration(value: float | str, key: str) -> float:
+    """Return the seconds of 300, "300", "5m" or "1h30m"; `math.inf` for what is negative.
+
+    Numbers are seconds, texts as Go and Ollama write durations. Raises ConfigError that names
+    `key`.
+    """
+    text = value.strip() if isinstance(value, str) else f"{value:f}"
+    negative = text.startswith("-")
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    parts = _DURATION_PART.findall(digits)
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", digits):
+        seconds = float(digits)
+    elif parts and "".join(number + unit for number, unit in parts) == digits:
+        seconds = sum(float(number) * _DURATION_UNITS[unit] for number, unit in parts)
+    else:
+        raise ConfigError(
+            f'{key} = {value!r} is not a duration; write seconds, or "5m", "1h30m", or -1 for ever'
+        )
+    return math.inf if negative and seconds else seconds
 
 
 def _items(text: str) -> list[str]:
@@ -174,11 +237,16 @@ def _merge(tables: list[dict[str, Any]]) -> dict[str, Any]:
 def _check(config: Config) -> Config:
     config.memory.limit_bytes()
     config.memory.reserve_bytes()
+    config.memory.watermark_bytes()
+    config.models.keep_alive_s()
+    config.models.resume_limit_bytes()
     for section, key, least in (
         ("models", "context_length", 0),
         ("models", "slots", 0),
         ("models", "queue_limit", 1),
         ("models", "load_timeout_s", 1),
+        ("models", "max_run_s", 0),
+        ("memory", "wait_s", 0),
         ("downloads", "max_active", 1),
     ):
         value = getattr(getattr(config, section), key)
@@ -259,7 +327,8 @@ def load(
         return _check(msgspec.convert(merged, Config, strict=False))
     except msgspec.ValidationError as error:
         where = f"config file {file}" if file else "settings"
-        raise ConfigError(f"{where}: {error}") from error
+        words = f"; it is one of {', '.join(Resume)}" if "enum value" in str(error) else ""
+        raise ConfigError(f"{where}: {error}{words}") from error
 
 
 def default_file() -> Path | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from backends.advice import advice
 from backends.contract import Hardware, Probe
+from daemon.units import size
 
-_GIB = 1024**3
 _THERE = ("loading", "ready")
 _ELSEWHERE = "remote"  # the backend that needs no engine: it asks other computers
 
@@ -94,8 +94,8 @@ def _model(facts: Facts, model: ModelFacts) -> dict[str, Any]:
         if need > facts.budget_bytes and not there:
             fits = "never"
             problem = (
-                f"it needs {_gib(need)}, and all models together may take "
-                f"{_gib(facts.budget_bytes)}"
+                f"it needs {size(need)}, and all models together may take "
+                f"{size(facts.budget_bytes)}"
             )
     return asdict(model) | {"need_bytes": need, "fits": fits, "problem": problem}
 
@@ -112,17 +112,13 @@ def _about_models(facts: Facts, models: Sequence[dict[str, Any]]) -> list[str]:
     never = [model["unique"] for model in models if model["fits"] == "never"]
     if never:
         texts.append(
-            f"{', '.join(never)}: too large for the {_gib(facts.budget_bytes)} that models may "
+            f"{', '.join(never)}: too large for the {size(facts.budget_bytes)} that models may "
             "take: use a smaller quantization or a smaller context_length, or raise [memory] limit"
         )
     later = [model["unique"] for model in models if model["fits"] == "alone"]
     if later:
         texts.append(
-            f"{', '.join(later)}: only {_gib(facts.available_bytes)} is free for models now: "
+            f"{', '.join(later)}: only {size(facts.available_bytes)} is free for models now: "
             "unload others or close programs first"
         )
     return texts
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"

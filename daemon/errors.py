@@ -41,9 +41,16 @@ class InvalidRequest(ModeldError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt does not fit the context that the model was loaded with."""
+    """The prompt does not fit the context that the model was loaded with.
+
+    `tokens` is how many it has, or has at least; None if that is not known.
+    """
 
     code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class Forbidden(ModeldError):
@@ -67,11 +74,31 @@ class ModelNotDownloaded(ModeldError):
     status = 404
 
 
+class RequestNotFound(ModeldError):
+    """No request of this id waits or runs."""
+
+    code = "request_not_found"
+    status = 404
+
+
+class BodyTimeout(ModeldError):
+    """The request's body did not come in time."""
+
+    code = "body_timeout"
+    status = 408
+
+
 class Conflict(ModeldError):
     """The model is in a state that does not allow this."""
 
     code = "conflict"
     status = 409
+
+
+class ModelNotLoaded(Conflict):
+    """The model is not in memory, and requests are not to load it."""
+
+    code = "model_not_loaded"
 
 
 class QueueFull(ModeldError):
@@ -89,6 +116,13 @@ class BackendUnavailable(ModeldError):
     """No installed engine can run this model."""
 
     code = "backend_unavailable"
+    status = 501
+
+
+class NotSupported(ModeldError):
+    """The API that is spoken has this, and modeld does not do it."""
+
+    code = "not_supported"
     status = 501
 
 
@@ -127,10 +161,27 @@ class InsufficientMemory(ModeldError):
     status = 503
 
 
+class Stopping(ModeldError):
+    """The daemon is about to end; one that is started after it can be asked."""
+
+    code = "stopping"
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("modeld is stopping", retry_after_s=5)
+
+
 class LoadTimeout(ModeldError):
     """The engine did not finish loading in time."""
 
     code = "load_timeout"
+    status = 504
+
+
+class RequestTimeout(ModeldError):
+    """The request ran for longer than any may."""
+
+    code = "request_timeout"
     status = 504
 
 

@@ -24,12 +24,18 @@ from daemon.api.context import Services
 from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
 from daemon.catalog.seed import builtin
+from daemon.chats import Chats
 from daemon.config import Config
 from daemon.downloads.jobs import Downloads
+from daemon.downloads.peek import Peeker
 from daemon.errors import ConfigError
-from daemon.memory.ledger import Ledger, budget
+from daemon.memory.ledger import Ledger, budget, watermark
 from daemon.models import ModelManager
+from daemon.models.choice import Choice
+from daemon.models.conversations import Conversations
 from daemon.models.loader import Loader
+from daemon.models.residency import Residency
+from daemon.models.watchdog import Watchdog
 from daemon.store import Store
 from daemon.upstreams import Upstreams
 from daemon.workers.machine import Machine
@@ -106,31 +112,61 @@ async def running_services(
     Raises ConfigError.
     """
     catalog = Catalog(data_dir / "catalog.db")
+    chats: Chats | None = None
     try:
+        chats = Chats(data_dir / "chats.db")
         catalog.seed(builtin())
         store = Store(data_dir / "store")
-        store.sweep({record.id for record in catalog.all() if record.downloaded})
+        # What is being downloaded may be whole already, and only not recorded.
+        pending = {kept.model_id for kept in catalog.downloads()}
+        store.sweep(pending | {record.id for record in catalog.all() if record.downloaded})
         machine = Machine()
-        memory = config.memory
+        memory, ram_bytes = config.memory, machine.known.ram_bytes
         ledger = Ledger(
-            budget(memory.limit_bytes(), memory.reserve_bytes(), machine.known.ram_bytes),
+            budget(memory.limit_bytes(), memory.reserve_bytes(), ram_bytes),
             hardware.available_bytes,
+            watermark(memory.watermark_bytes(), ram_bytes),
+            rule="[memory] limit" if memory.limit else "the RAM less [memory] reserve",
         )
         probers = Probers(registry, catalog, hardware.gpu_fingerprint)
         upstreams = Upstreams(config.remote, catalog)
-        loader = Loader(
+        choice = Choice(
             settings=config.models,
             registry=registry,
             probers=probers,
             machine=machine,
+            measurements=catalog,
+        )
+        conversations = Conversations(
+            store.conversations,
+            resume=config.models.resume,
+            limit_bytes=config.models.resume_limit_bytes(),
+        )
+        loader = Loader(
+            settings=config.models,
+            registry=registry,
+            probers=probers,
+            choice=choice,
+            measurements=catalog,
             ledger=ledger,
             store=store,
+            conversations=conversations,
             upstreams=upstreams,
         )
-        models = ModelManager(
-            settings=config.models, catalog=catalog, store=store, ledger=ledger, loader=loader
+        residency = Residency(
+            models=config.models, memory=memory, catalog=catalog, ledger=ledger, loader=loader
         )
-        downloads = Downloads(config.downloads, catalog, store)
+        models = ModelManager(
+            settings=config.models,
+            catalog=catalog,
+            store=store,
+            ledger=ledger,
+            choice=choice,
+            residency=residency,
+        )
+        watchdog = Watchdog(residency, ledger, hardware.stalled_us)
+        downloads = Downloads(config.downloads, catalog, store, memory_bytes=ledger.budget_bytes)
+        peeker = Peeker(config.downloads, memory_bytes=ledger.budget_bytes)
 
         async def no_longer_listed(record: ModelRecord) -> None:
             if models.status(record.id).in_flight:
@@ -140,6 +176,8 @@ async def running_services(
             models.forget(record.id)
 
         upstreams.begin(no_longer_listed)
+        watchdog.begin()
+        downloads.resume_all()
         try:
             yield Services(
                 config=config,
@@ -152,12 +190,20 @@ async def running_services(
                 registry=registry,
                 probers=probers,
                 machine=machine,
+                peeker=peeker,
+                conversations=conversations,
+                chats=chats,
                 stopping=asyncio.Event(),
             )
         finally:
             await upstreams.close()
+            await watchdog.close()
+            await peeker.close()
             await _end_work(machine, probers, downloads, models)
+            conversations.close()
     finally:
+        if chats is not None:
+            chats.close()
         catalog.close()
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from daemon.api import gate, native, openai, operations, pieces
-from daemon.api.context import SERVICES, Services
+from daemon.api import anthropic, gate, native, ollama, openai, openapi, operations, pieces
+from daemon.api.context import SERVICES, Services, tell_reduced
 from daemon.api.errors import errors
 
 _MAX_BODY_BYTES = 20 * 1024 * 1024  # some photographs; decoding it takes the loop 20 ms
+
+_SURFACES = (pieces, openai, anthropic, ollama, native, operations, openapi)
+
+
+def routes() -> list[web.RouteDef]:
+    """Return the routes of all surfaces."""
+    return [route for surface in _SURFACES for route in surface.routes()]
 
 
 def build(services: Services) -> web.Application:
@@ -19,7 +26,9 @@ def build(services: Services) -> web.Application:
         client_max_size=_MAX_BODY_BYTES,
     )
     app.on_response_prepare.append(gate.allow_reading(server.allowed_origins))
+    app.on_response_prepare.append(tell_reduced)
     app[SERVICES] = services
-    for surface in (pieces, openai, native, operations):
-        app.add_routes(surface.routes())
+    pieces.keep(app)
+    app.add_routes(routes())
+    openapi.keep(app, routes())
     return app

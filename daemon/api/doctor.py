@@ -7,6 +7,8 @@ from aiohttp import web
 from backends import hardware
 from daemon import __version__
 from daemon.api.context import Services, services
+from daemon.api.native.answers import Report
+from daemon.api.operation import operation
 from daemon.catalog.record import ModelRecord
 from daemon.doctor import Facts, ModelFacts, report
 from daemon.errors import ModeldError
@@ -53,6 +55,7 @@ async def facts(parts: Services, *, running: bool = True) -> Facts:
     )
 
 
+@operation(Report)
 async def doctor(request: web.Request) -> web.Response:
     """Show what this computer is, what runs on it where and why, and what would help."""
     return web.json_response(report(await facts(services(request))))

@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-from typing import TypeVar
+from collections.abc import Mapping
+from enum import Enum
+from typing import TypedDict, TypeVar, get_args
 
 import msgspec
 from aiohttp import web
 
 from daemon.api.gate import Handler
-from daemon.errors import Forbidden, InternalError, InvalidRequest, ModeldError
+from daemon.errors import BodyTimeout, Forbidden, InternalError, InvalidRequest, ModeldError
 
-_PIECES_PATHS = ("/model/", "/models", "/.well-known/")
+_PIECES_PATHS = (
+    "/workstream_pattern_engine/",
+    "/assets/",
+    "/anchors/",
+    "/ranges/",
+    "/model/",
+    "/models",
+    "/.well-known/",
+    "/connect",
+    "/user",
+    "/application",
+    "/qgpt/",
+    "/conversation",
+    "/message",
+)
+_BODY_S = 30.0  # for how long a body may take to come in
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class ErrorFields(TypedDict):
+    """An error: `code` for programs, `message` for people, `param` the field at fault."""
+
+    message: str
+    type: str
+    code: str | None
+    param: str | None
+
+
+class ErrorAnswer(TypedDict):
+    """An error in the form of the OpenAI API."""
+
+    error: ErrorFields
 
 
 def is_pieces(path: str) -> bool:
@@ -22,7 +64,24 @@ def is_pieces(path: str) -> bool:
     return path.startswith(_PIECES_PATHS)
 
 
-def openai_envelope(error: ModeldError) -> dict[str, object]:
+def envelope(path: str, error: ModeldError) -> Mapping[str, object]:
+    """Return the error in the form of the JSON surface that the path is of."""
+    if path.startswith("/api/"):
+        return {"error": error.message}
+    if path.startswith("/v1/messages"):
+        return anthropic_envelope(error)
+    return openai_envelope(error)
+
+
+def anthropic_envelope(error: ModeldError) -> dict[str, object]:
+    """Return the error as the Anthropic API shows it."""
+    kind = _ANTHROPIC_KINDS.get(error.status)
+    if kind is None:
+        kind = "invalid_request_error" if error.status < 500 else "api_error"
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def openai_envelope(error: ModeldError) -> ErrorAnswer:
     """Return the error as the OpenAI API and the native API show it."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return {
@@ -53,7 +112,8 @@ def render(request: web.Request, error: ModeldError) -> web.Response:
     if is_pieces(request.path):
         status = error.status if isinstance(error, Forbidden) else 500
         return web.Response(status=status, text=error.message, headers=_headers(error))
-    return web.json_response(openai_envelope(error), status=error.status, headers=_headers(error))
+    body = envelope(request.path, error)
+    return web.json_response(body, status=error.status, headers=_headers(error))
 
 
 def _from_http(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
@@ -64,10 +124,19 @@ def _from_http(request: web.Request, error: web.HTTPException) -> web.StreamResp
         text = f"{request.path} does not take {request.method}"
     else:
         text = error.text or error.reason
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     if is_pieces(request.path):
-        return web.Response(status=error.status, text=text)
-    envelope = {"message": text, "type": "invalid_request_error", "code": None, "param": None}
-    return web.json_response({"error": envelope}, status=error.status)
+        return web.Response(status=error.status, text=text, headers=headers)
+    body = envelope(request.path, _Refused(text, error.status))
+    return web.json_response(body, status=error.status, headers=headers)
+
+
+class _Refused(InvalidRequest):
+    """What aiohttp refused, with its own status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status  # type: ignore[misc]
 
 
 @web.middleware
@@ -88,25 +157,61 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return render(request, InternalError("modeld failed at this request; its log says why"))
 
 
-def validation_error(error: msgspec.ValidationError) -> InvalidRequest:
-    """Return the error that names the field which msgspec refused."""
+def _choices(type_: type, param: str) -> str:
+    """Return the words that a field of a struct takes, if it is an enum's."""
+    field = next((f for f in msgspec.structs.fields(type_) if f.encode_name == param), None)
+    kinds = (field.type, *get_args(field.type)) if field is not None else ()
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return f"; it is one of {', '.join(str(member.value) for member in kind)}"
+    return ""
+
+
+def validation_error(error: msgspec.ValidationError, type_: type | None = None) -> InvalidRequest:
+    """Return the error that names the field of a `type_` which msgspec refused."""
     text = str(error)
     path = re.search(r" - at `\$\.?(.*?)`$", text)
     unknown = re.search(r"unknown field `(.*?)`", text)
     parent = path.group(1) if path else ""
     param = ".".join(part for part in (parent, unknown.group(1) if unknown else "") if part)
     words = text[: path.start()] if path else text
-    if unknown:
+    if type_ is not None and text.startswith("Invalid enum value"):
+        words += _choices(type_, param)
+    # A field that may only be null is one that clients send and nobody here can do.
+    unsupported = unknown is not None or words.startswith("Expected `null`, got")
+    if unsupported:
         words = f"the field {param!r} is not supported"
-    return InvalidRequest(f"{param}: {words}" if param and not unknown else words, param=param)
+    named = param and not unsupported
+    return InvalidRequest(f"{param}: {words}" if named else words, param=param)
 
 
-async def read_json(request: web.Request, type_: type[T], *, strict: bool = True) -> T:
-    """Return the request's body as a `type_`. Raises InvalidRequest that names what is wrong."""
-    body = await request.read()
+async def read_json(
+    request: web.Request, type_: type[T], *, strict: bool = True, empty: bool = False
+) -> T:
+    """Return the request's body as a `type_`. Raises InvalidRequest that names what is wrong.
+
+    No body at all is as good as `{}` where it may be `empty`.
+    """
+    if (request.content_length or 0) > request.client_max_size:  # without reading that much first
+        raise web.HTTPRequestEntityTooLarge(request.client_max_size, request.content_length or 0)
+    try:
+        async with asyncio.timeout(_BODY_S):
+            body = await request.read()
+    except TimeoutError as error:
+        raise BodyTimeout(f"the body did not come within {_BODY_S:.0f} s") from error
+    if empty and not body:
+        body = b"{}"
     try:
         return msgspec.json.decode(body, type=type_, strict=strict)
     except msgspec.ValidationError as error:
-        raise validation_error(error) from error
+        raise validation_error(error, type_) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
+
+
+def read_query(request: web.Request, type_: type[T]) -> T:
+    """Return the request's query as a `type_`. Raises InvalidRequest that names what is wrong."""
+    try:
+        return msgspec.convert(dict(request.query), type_, strict=False)
+    except msgspec.ValidationError as error:
+        raise validation_error(error, type_) from error

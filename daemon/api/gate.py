@@ -19,7 +19,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # Schemes whose pages only a desktop app can make: no web site can have such an origin.
 APP_SCHEMES = frozenset({"app", "capacitor", "tauri", "vscode-file", "vscode-webview", "wails"})
-_ALLOWED_METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
+_ALLOWED_METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
+# Headers of answers, besides the usual ones, that pages may read.
+_EXPOSED = "Retry-After, x-should-retry, X-Modeld-Notice"
 
 
 def host_name(host: str) -> str | None:
@@ -138,6 +140,7 @@ def allow_reading(
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is not None and origin_allowed(origin, _port(request), allowed_origins):
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED
             response.headers[hdrs.VARY] = hdrs.ORIGIN
 
     return on_prepare

@@ -123,6 +123,10 @@ class Client:
         """Return the native path of a model."""
         return f"/modeld/v1/models/{quote(name, safe='')}"
 
+    def download_path(self, name: str) -> str:
+        """Return the native path of a model's download."""
+        return f"/modeld/v1/downloads/{quote(name, safe='')}"
+
 
 def _message(text: str) -> str:
     try:

@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from daemon.cli.client import FAILED, NO_DAEMON, Client, CommandError, find
-from daemon.cli.output import as_json, size, table
+from daemon.cli.output import as_json, table
 from daemon.errors import ConfigError
+from daemon.units import size
 
 _FEATURES = ("avx2", "avx512", "avx512_vnni", "amx", "dotprod", "i8mm", "sve")
 

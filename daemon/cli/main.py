@@ -20,6 +20,13 @@ from daemon.errors import ModeldError
 Command = Callable[[argparse.Namespace, Client], None]
 
 
+def _number(text: str) -> int:
+    """Return a number of at least 1. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="modeld", description="Manages and runs the machine-learning models of this computer."
@@ -51,41 +58,80 @@ def _parser() -> argparse.ArgumentParser:
     pull = commands.add_parser("pull", help="download a model")
     pull.add_argument("model", metavar="MODEL|SOURCE")
     pull.add_argument("--name", help="unique name for a SOURCE")
+    pull.add_argument(
+        "--dry-run", action="store_true", help="show what it would bring, and whether it will run"
+    )
+    pull.add_argument("--priority", choices=("high", "normal", "low"), help="place in the queue")
+    pull.add_argument("--json", action="store_true", help="with --dry-run: for programs")
+    downloads = commands.add_parser("downloads", help="list downloads and unfinished files")
+    downloads.add_argument("--limit", metavar="SIZE", help="bandwidth a second: 5MB; 0: all")
+    downloads.add_argument("--json", action="store_true")
+    gc = commands.add_parser("gc", help="remove unfinished files that no download goes on with")
+    gc.add_argument("--dry-run", action="store_true", help="only list them")
+    cancel = commands.add_parser("cancel", help="end a download; what is here of it stays")
+    cancel.add_argument("model")
+    cancel.add_argument("--drop", action="store_true", help="remove what is here of it")
     take = commands.add_parser("import", help="take in a model that is on this machine")
     take.add_argument("path", metavar="FILE|FOLDER")
     take.add_argument("--name", help="unique name of the model")
     for name, text in (
-        ("cancel", "end a download"),
+        ("pause", "have a download wait"),
+        ("resume", "go on with a download that is paused"),
         ("rm", "remove a model"),
-        ("load", "load a model into memory"),
         ("unload", "unload a model"),
+        ("pin", "never unload a model to make room for another"),
+        ("unpin", "let a model make room again"),
     ):
         commands.add_parser(name, help=text).add_argument("model")
+    load = commands.add_parser("load", help="load a model into memory")
+    load.add_argument("model")
+    load.add_argument("--context", type=_number, help="tokens that one request may use, at least")
+    load.add_argument("--keep-alive", metavar="TIME", help="how long it stays: 5m; -1: for ever")
+    estimate = commands.add_parser("estimate", help="show what a load would take, and if it fits")
+    estimate.add_argument("model", metavar="MODEL|SOURCE")
+    estimate.add_argument("--context", type=_number, help="tokens that one request may use")
+    estimate.add_argument("--slots", type=_number, help="requests at once")
+    estimate.add_argument("--json", action="store_true")
+    kill = commands.add_parser("kill", help="end a request (`modeld ps` lists them)")
+    kill.add_argument("request")
     run = commands.add_parser("run", help="ask a model")
     run.add_argument("model")
     run.add_argument("prompt", nargs="*")
     run.add_argument("--max-tokens", type=int)
     run.add_argument("--temperature", type=float)
     run.add_argument("--seed", type=int)
+    embed = commands.add_parser("embed", help="turn texts into vectors, one a line")
+    embed.add_argument("model")
+    embed.add_argument("text", nargs="*", help="a text; without any, each line of the input is one")
+    embed.add_argument("--dimensions", type=_number, help="numbers of each vector to keep")
     return parser
 
 
 def _commands() -> dict[str, Command]:
-    from daemon.cli import commands
+    from daemon.cli import commands, downloads, memory
 
     return {
         "list": commands.list_models,
-        "ps": commands.ps,
+        "ps": memory.ps,
         "show": commands.show,
         "explain": commands.explain,
         "backends": commands.backends,
-        "pull": commands.pull,
-        "import": commands.import_file,
-        "cancel": commands.cancel,
+        "pull": downloads.pull,
+        "import": downloads.import_file,
+        "downloads": downloads.list_downloads,
+        "pause": downloads.pause,
+        "resume": downloads.resume,
+        "cancel": downloads.cancel,
+        "gc": downloads.clean,
         "rm": commands.remove,
-        "load": commands.load,
-        "unload": commands.unload,
+        "load": memory.load,
+        "unload": memory.unload,
+        "pin": memory.pin,
+        "unpin": memory.unpin,
+        "estimate": memory.estimate,
+        "kill": memory.kill,
         "run": commands.run,
+        "embed": commands.embed,
     }
 
 
@@ -109,8 +155,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse before Python 3.13 does not take `run MODEL --option 1 PROMPT`: it hands PROMPT back.
-    if parsed.command == "run" and not any(word.startswith("-") for word in rest):
-        parsed.prompt += rest
+    words = {"run": "prompt", "embed": "text"}.get(parsed.command)
+    if words and not any(word.startswith("-") for word in rest):
+        getattr(parsed, words).extend(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return parsed

@@ -6,17 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from daemon.units import size
 
-def size(value: int | None) -> str:
-    """Return bytes for people, in units of 1024; `-` for none."""
-    if not value:
-        return "-"
-    amount, unit = float(value), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1024 or unit == "TiB":
-            break
-        amount /= 1024
-    return f"{amount:.0f} {unit}" if amount >= 100 or unit == "B" else f"{amount:.1f} {unit}"
+
+def known(size_bytes: int | None) -> str:
+    """Return a size for people, `-` for one that is not known."""
+    return size(size_bytes) if size_bytes else "-"
 
 
 def count(value: int) -> str:

@@ -28,7 +28,8 @@ async def test_an_answer_has_text_reason_and_usage(client, add_model):
     response = await client.post("/v1/chat/completions", json=ask("one two three"))
     answer = await response.json()
     assert response.status == 200
-    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "one two three"}
+    message = {"role": "assistant", "content": "one two three", "refusal": None}
+    assert answer["choices"][0]["message"] == message
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["prompt_tokens"] == 3
     assert answer["usage"]["total_tokens"] == 6
@@ -101,13 +102,14 @@ async def test_requests_that_wait_outlive_the_crash_of_others(client, add_model)
 async def test_many_requests_for_an_unloaded_model_load_it_once(client, add_model, services):
     await add_model("slowly", test_load="slow 0.5")
     loads = []
-    start = services.models._loader.load
+    loader = services.models._residency._loader
+    start = loader.load
 
-    async def counted(record, watch):
+    async def counted(record, watch, wish):
         loads.append(record.unique)
-        return await start(record, watch)
+        return await start(record, watch, wish)
 
-    services.models._loader.load = counted
+    loader.load = counted
     bodies = [ask("the same", model="slowly") for _ in range(50)]
     responses = await asyncio.gather(
         *(client.post("/v1/chat/completions", json=body) for body in bodies)
@@ -199,7 +201,7 @@ async def test_wrong_bodies_name_the_field(client, add_model):
         ({"logit_bias": {"5": 101}}, "logit_bias[...]"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
-        ({"n": 2}, "n"),
+        ({"n": 17}, "n"),
         ({"stop": [""]}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ):

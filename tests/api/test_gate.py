@@ -71,6 +71,8 @@ async def test_our_own_pages_and_desktop_apps_may_pass_and_read(client):
         assert response.status == 200
         assert response.headers["Access-Control-Allow-Origin"] == origin
         assert response.headers["Vary"] == "Origin"
+        exposed = response.headers["Access-Control-Expose-Headers"].split(", ")
+        assert {"Retry-After", "x-should-retry", "X-Modeld-Notice"} <= set(exposed)
         preflight = await client.options(
             "/model/update",
             headers={
@@ -81,7 +83,8 @@ async def test_our_own_pages_and_desktop_apps_may_pass_and_read(client):
         )
         assert preflight.status == 204
         assert preflight.headers["Access-Control-Allow-Headers"] == "content-type"
-        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        allowed = preflight.headers["Access-Control-Allow-Methods"].split(", ")
+        assert {"GET", "POST", "PATCH", "DELETE"} <= set(allowed)
 
 
 async def test_a_link_that_the_user_follows_may_pass(client):

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from daemon.errors import Conflict
+from daemon.errors import Stopping
 
 
 async def get(client, path):
@@ -192,7 +192,7 @@ async def test_a_request_after_an_unload_of_a_loading_model_loads_it_anew(
 
     await until(begun)
     unloading = asyncio.create_task(client.post("/modeld/v1/models/slowly/unload"))
-    await services.models._residents[model_id].unload_wanted.wait()
+    await services.models._residency.residents[model_id].unload_wanted.wait()
     response = await client.post("/v1/chat/completions", json=ask("hello", model="slowly"))
     assert response.status == 200
     assert (await unloading).status == 200
@@ -204,9 +204,10 @@ async def test_after_close_nothing_is_loaded_or_downloaded(client, add_model, se
     record = services.catalog.get(model_id)
     await services.models.close()
     await services.downloads.close()
-    with pytest.raises(Conflict, match="stopping"):
+    with pytest.raises(Stopping) as stopping:
         await services.models.load(record)
-    with pytest.raises(Conflict, match="stopping"):
+    assert stopping.value.retry_after_s
+    with pytest.raises(Stopping):
         services.downloads.start(record)
 
 

@@ -104,7 +104,7 @@ async def test_an_unload_waits_for_the_answer_that_is_being_written(client, add_
 
 
 async def test_an_unload_ends_an_answer_that_takes_too_long(client, add_model, monkeypatch):
-    monkeypatch.setattr("daemon.models.manager._DRAIN_S", 0.2)
+    monkeypatch.setattr("daemon.models.residency.DRAIN_S", 0.2)
     await add_model()
     body = {"model": "tiny", "messages": [{"role": "user", "content": "!slow 1000"}]}
     asking = asyncio.create_task(client.post("/v1/chat/completions", json=body))

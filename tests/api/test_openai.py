@@ -116,7 +116,7 @@ async def test_logprobs_come_with_every_token(client, model):
     ]
     assert streamed == ["one", " two"]
     _, plain = await post(client, "/v1/chat/completions", say("one two"))
-    assert "logprobs" not in plain["choices"][0]
+    assert plain["choices"][0]["logprobs"] is None
 
 
 # images
@@ -167,6 +167,26 @@ async def test_a_task_that_the_model_does_not_have_is_named(client, model):
     assert status == 400 and "can't do infill, only chat, complete" in answer["error"]["message"]
 
 
+async def test_each_prompt_has_its_choices(client, model):
+    body = {"model": "tiny", "prompt": ["one", "two words"], "n": 2}
+    _, answer = await post(client, "/v1/completions", body)
+    texts = [(choice["index"], choice["text"]) for choice in answer["choices"]]
+    assert texts == [(0, "one"), (1, "one"), (2, "two words"), (3, "two words")]
+    usage = {"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9}
+    assert answer["usage"].items() >= usage.items()
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    response = await client.post("/v1/completions", json=body)
+    lines = [
+        line[6:] for line in (await response.text()).splitlines() if line.startswith("data: {")
+    ]
+    chunks = [json.loads(line) for line in lines]
+    streamed = {0: "", 1: "", 2: "", 3: ""}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        streamed[choice["index"]] += choice["text"]
+    assert streamed == dict(texts)
+    assert chunks[-1]["usage"] == answer["usage"]
+
+
 # vectors
 
 
@@ -193,12 +213,18 @@ async def test_one_text_and_fewer_dimensions(client, model):
     ("path", "body", "param"),
     [
         ("/v1/embeddings", {"input": []}, "input"),
-        ("/v1/embeddings", {"input": [1]}, "input[0]"),
+        ("/v1/embeddings", {"input": [1, 2]}, "input"),
+        ("/v1/embeddings", {"input": [[1, 2], [3]]}, "input"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ("/v1/rerank", {"query": "", "documents": ["a"]}, "query"),
         ("/v1/rerank", {"query": "a", "documents": []}, "documents"),
         ("/v1/completions", {"prompt": "a", "echo": True}, "echo"),
-        ("/v1/completions", {"prompt": ["a", "b"]}, "prompt"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"prompt": [1, 2]}, "prompt"),
+        ("/v1/completions", {"prompt": [[1, 2]]}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": ["a"] * 9, "n": 8}, "n"),
     ],
 )
 async def test_wrong_fields_are_named(client, model, path, body, param):
@@ -223,6 +249,117 @@ async def test_texts_are_labelled(client, model):
     path = "/modeld/v1/models/tiny/classify"
     _, answer = await post(client, path, {"input": ["a" * 25, "a" * 75]})
     assert answer["labels"] == [{"short": 0.75, "long": 0.25}, {"short": 0.25, "long": 0.75}]
+
+
+# what real clients send
+
+NO_EFFECT = {
+    "metadata": {"a": "b"},
+    "modalities": ["text"],
+    "parallel_tool_calls": True,
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "24h",
+    "reasoning_effort": "low",
+    "safety_identifier": "s",
+    "service_tier": "auto",
+    "store": False,
+    "user": "u",
+    "verbosity": "low",
+}
+UNSUPPORTED = {
+    "audio": {"voice": "alloy", "format": "wav"},
+    "function_call": "auto",
+    "functions": [{"name": "f"}],
+    "moderation": {"model": "m"},
+    "prediction": {"type": "content", "content": "x"},
+    "web_search_options": {},
+}
+
+
+@pytest.mark.parametrize("field", NO_EFFECT)
+async def test_what_has_no_effect_is_taken(client, model, field):
+    for value in (NO_EFFECT[field], None):
+        status, answer = await post(client, "/v1/chat/completions", say("hi", **{field: value}))
+        assert status == 200, answer
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+async def test_what_cannot_be_done_is_refused_by_name_unless_it_is_null(client, model, field):
+    body = say("hi", **{field: UNSUPPORTED[field]})
+    status, answer = await post(client, "/v1/chat/completions", body)
+    assert status == 400 and answer["error"]["param"] == field
+    assert answer["error"]["message"] == f"the field {field!r} is not supported"
+    status, answer = await post(client, "/v1/chat/completions", say("hi", **{field: None}))
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"modalities": ["text", "audio"]}, "modalities[1]"),
+        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools[0].type"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"n": 17}, "n"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"no_such_field": 1}, "no_such_field"),
+        ({"messages": [{"role": "function", "content": ""}]}, "messages[0].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": []}, "messages"),
+    ],
+)
+async def test_wrong_fields_of_a_chat_are_named(client, model, fields, param):
+    status, answer = await post(client, "/v1/chat/completions", say("hi") | fields)
+    assert status == 400 and answer["error"]["param"] == param, answer
+
+
+async def test_only_the_tools_that_are_allowed_are_offered(client, model):
+    other = {"type": "function", "function": {"name": "clock"}}
+
+    def allowed(mode, *names):
+        tools = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+    some = await shape(client, tools=[TOOL, other], tool_choice=allowed("required", "clock"))
+    assert (some["tools"], some["tool_choice"]) == (["clock"], "required")
+    for choice in (
+        allowed("auto", "nothing"),
+        {"type": "function", "function": {"name": "nothing"}},
+    ):
+        body = say("x", tools=[TOOL], tool_choice=choice)
+        status, answer = await post(client, "/v1/chat/completions", body)
+        assert status == 400 and answer["error"]["param"] == "tool_choice"
+        assert "'nothing' is not among the tools" in answer["error"]["message"]
+
+
+async def test_a_limit_of_minus_one_is_none(client, model):
+    _, answer = await post(client, "/v1/chat/completions", say("!words 40", max_tokens=-1))
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 40
+
+
+async def test_answers_may_be_sent_back_as_clients_keep_them(client, model):
+    function = {"name": "weather", "arguments": "{}", "parsed_arguments": {}}
+    said = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "well", "cache_control": {"type": "ephemeral"}}],
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "parsed": {"a": 1},
+        "reasoning_content": "hm",
+        "reasoning": "hm",
+        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+    }
+    body = say("and now?")
+    body["messages"] = [*body["messages"], said, *body["messages"]]
+    status, answer = await post(client, "/v1/chat/completions", body)
+    assert status == 200, answer
 
 
 # engine options

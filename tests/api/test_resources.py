@@ -43,7 +43,7 @@ class Telling(ReferenceBackend):
             context_length=1024,
             slots=2,
             parts={"weights": 1},
-            gpu_parts={"0000:17:00.0": {"weights": 100 * MIB, "compute": 50 * MIB}},
+            gpu_parts={"0000:01:00.0": {"weights": 100 * MIB, "compute": 50 * MIB}},
             placement=Placement(reason=told),
         )
 
@@ -96,9 +96,9 @@ async def placement(client):
 
 async def test_a_load_sees_the_free_memory_of_the_moment(with_nvml, client, add_model):
     await add_model()
-    assert await placement(client) == "0000:17:00.0=25174736896 0000:65:00.0=9663676416"
-    with_nvml.write_text(with_nvml.read_text().replace("9663676416", "5"))
-    assert await placement(client) == "0000:17:00.0=25174736896 0000:65:00.0=5"
+    assert await placement(client) == "0000:01:00.0=16093544448 0000:0c:00.0=7938768896"
+    with_nvml.write_text(with_nvml.read_text().replace("7938768896", "5"))
+    assert await placement(client) == "0000:01:00.0=16093544448 0000:0c:00.0=5"
 
 
 async def test_what_a_load_that_goes_on_will_take_of_a_gpu_is_not_free(
@@ -112,11 +112,11 @@ async def test_what_a_load_that_goes_on_will_take_of_a_gpu_is_not_free(
             break
         await asyncio.sleep(0.01)
     assert await placement(client) == (
-        f"0000:17:00.0={25174736896 - 150 * MIB} 0000:65:00.0=9663676416"
+        f"0000:01:00.0={16093544448 - 150 * MIB} 0000:0c:00.0=7938768896"
     )
     await client.post(f"/modeld/v1/models/{model_id}/unload")
     assert (await loading).status == 409
-    assert await placement(client) == "0000:17:00.0=25174736896 0000:65:00.0=9663676416"
+    assert await placement(client) == "0000:01:00.0=16093544448 0000:0c:00.0=7938768896"
 
 
 async def test_a_model_beside_one_that_computes_gets_its_share_of_the_cores(
@@ -127,7 +127,7 @@ async def test_a_model_beside_one_that_computes_gets_its_share_of_the_cores(
 
     async def threads_of(model_id: str) -> int:
         assert (await client.post(f"/modeld/v1/models/{model_id}/load")).status == 200
-        instance = services.models._residents[model_id].instance
+        instance = services.models._residency.residents[model_id].instance
         return int(instance.loaded.engine_version)
 
     assert await threads_of(one) == threads(cores, 1)

@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import psutil
 import pytest
-from running import SAMPLE, RunningDaemon
+from running import ALIASES, BUILT_IN, SAMPLE, RunningDaemon
 
 REPORT_S = 60.0
 FLAGS = (
@@ -390,7 +390,8 @@ def test_a_page_that_was_allowed_can_do_everything(
         "delete_files_blindly": 0,
         "delete_model": 204,
     }
-    assert [one["unique"] for one in json.loads(results["read"]["text"])["iterable"]] == [SAMPLE]
+    listed = [one["unique"] for one in json.loads(results["read"]["text"])["iterable"]]
+    assert sorted(listed) == sorted([*BUILT_IN, *ALIASES])
     assert results["read_what_is_gone"]["text"] == "model was not found."
     created = json.loads(results["create"]["text"])
     assert (created["unique"], created["custom"]) == ("by-json", True)
@@ -399,7 +400,7 @@ def test_a_page_that_was_allowed_can_do_everything(
     assert json.loads(results["progress"]["message"])["status"] == "COMPLETED"
     after = daemon.json("GET", "/modeld/v1/models")["models"]
     # All but what came from the sandbox, which has no origin that could have been allowed.
-    assert {one["unique"] for one in after} == {SAMPLE, "by-json", "by-plain", "by-form"}
+    assert {one["unique"] for one in after} == {*BUILT_IN, "by-json", "by-plain", "by-form"}
     assert daemon.model()["downloaded"] is False
 
 
@@ -417,7 +418,7 @@ def test_a_page_that_was_not_allowed_gains_nothing_from_one_that_was(
     results = report_of(site, chromium(f"http://127.0.0.1:{site.port}"))["results"]
     assert results["read"] == results["create"] == "TypeError"
     assert results["health"] == {"closed": 1006}
-    assert [one["unique"] for one in state(daemon)["models"]] == [SAMPLE]
+    assert [one["unique"] for one in state(daemon)["models"]] == [*BUILT_IN]
 
 
 def test_a_name_that_was_rebound_to_the_daemon_is_refused(

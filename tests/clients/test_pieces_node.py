@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from gguf_files import MINIMAL, Tensor, write_gguf
 from hub import LocalHub
-from running import SAMPLE, RunningDaemon
+from running import ALIASES, BUILT_IN, RunningDaemon
 
 NODE = Path(__file__).parent / "node"
 REPOS = {"owner/repo": "Tiny.Q4_K_M.gguf", "other/repo": "Other.Q4_K_M.gguf"}  # as in drive.mjs
@@ -89,7 +89,7 @@ def test_models_are_created_once_and_updated(seen: Seen) -> None:
     assert created["downloaded"] is False
     assert seen["createdAgain"] == created["id"]
     assert seen["updated"] == created | {"description": "Changed."}
-    assert sorted(seen["listed"]) == sorted(["tiny.q4_k_m", SAMPLE])
+    assert sorted(seen["listed"]) == sorted(["tiny.q4_k_m", *BUILT_IN, *ALIASES])
 
 
 def test_a_download_is_told_from_its_start_to_its_end(seen: Seen) -> None:
@@ -133,7 +133,7 @@ def test_models_and_their_files_are_deleted(seen: Seen) -> None:
     assert seen["deletedCache"]["model"]["id"] == seen["loaded"]["id"]
     assert seen["afterDeletedCache"]["downloaded"] is False
     assert seen["afterDelete"]["status"] == 410
-    assert seen["identifiers"] == 2  # the sample, and the one that was cancelled
+    assert seen["identifiers"] == len(BUILT_IN) + 1  # and the one that was cancelled
 
 
 def test_the_lock_file_names_no_registry() -> None:

@@ -19,7 +19,7 @@ ONNX = replace(XLLAMACPP, backend="onnx")
 def test_an_engine_without_cuda_beside_an_nvidia_card(tmp_path):
     (text,) = advice(see(tmp_path, "two_nvidia"), [LLAMA_CPP])
     assert text == (
-        "llama-cpp-python is installed without CUDA, and NVIDIA GeForce RTX 4090 is there: with "
+        "llama-cpp-python is installed without CUDA, and NVIDIA GeForce RTX 4080 SUPER is there: with "
         'the CUDA toolkit installed, build it anew: CMAKE_ARGS="-DGGML_CUDA=on" pip install '
         "--force-reinstall --no-cache-dir llama-cpp-python"
     )
@@ -64,7 +64,7 @@ def test_an_engine_that_is_not_there_needs_no_other_build(tmp_path):
 def test_a_container_s_limits(tmp_path):
     cores, memory = advice(see(tmp_path, "container"), [XLLAMACPP])
     assert "1 of 8 cores" in cores and "1.5 CPUs (/sys/fs/cgroup/cpu.max)" in cores
-    assert "2.0 of 62.8 GiB" in memory
+    assert "2.0 of 5.8 GiB" in memory
 
 
 def test_cores_that_a_process_may_not_run_on(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 
 from daemon import config
-from daemon.config import Config
+from daemon.config import Config, Resume, parse_duration
 from daemon.errors import ConfigError
 
 SHOWN = Path(__file__).resolve().parents[2] / "configs" / "modeld.toml"
@@ -79,6 +80,12 @@ def test_the_shown_file_changes_nothing():
         ("[models]\ncontext_length = -1", "models.context_length"),
         ("[models]\nqueue_limit = 0", "models.queue_limit"),
         ("[models]\nload_timeout_s = 0", "models.load_timeout_s"),
+        ('[models]\nkeep_alive = "soon"', "models.keep_alive"),
+        ('[models]\nresume = "maybe"', "models.resume"),
+        ('[models]\nresume_limit = "lots"', "models.resume_limit"),
+        ("[models]\nmax_run_s = -1", "models.max_run_s"),
+        ("[memory]\nwait_s = -1", "memory.wait_s"),
+        ('[memory]\nwatermark = "low"', "memory.watermark"),
         ("[downloads]\nmax_active = 0", "downloads.max_active"),
         ('[downloads]\noffline = "perhaps"', "downloads.offline"),
         ('[server]\nlog_level = "loud"', "server.log_level"),
@@ -150,10 +157,14 @@ def test_a_limit_in_plain_bytes_may_come_from_the_environment():
 
 
 def test_every_setting_can_be_set_by_a_variable():
-    texts = {tuple: "a", bool: "true", int: "7", str: "warning"}
+    texts = {tuple: "a", int: "7", str: "warning", Resume: "keep"}
+    sizes = {"limit", "reserve", "watermark", "resume_limit"}
     for section, key in KEYS:
         default = getattr(getattr(Config(), section), key)
-        text = "1GiB" if section == "memory" else texts[type(default)]
+        if isinstance(default, bool):
+            text = str(not default).lower()
+        else:
+            text = "1GiB" if key in sizes else "7" if key == "keep_alive" else texts[type(default)]
         changed = getattr(getattr(load(**{f"MODELD_{section}_{key}".upper(): text}), section), key)
         assert changed != default, (section, key)
 
@@ -261,7 +272,29 @@ def test_what_is_no_size_is_refused_with_the_key_and_an_example(text):
 def test_no_limit_is_none_and_a_limit_of_0_is_0():
     assert load().memory.limit_bytes() is None
     assert load(MODELD_MEMORY_LIMIT="0").memory.limit_bytes() == 0
-    assert load().memory.reserve_bytes() == 2 * 1024**3
+    assert load().memory.reserve_bytes() is None
+    assert load(MODELD_MEMORY_RESERVE="2GiB").memory.reserve_bytes() == 2 * 1024**3
+
+
+# durations
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (300, 300), ("300", 300), (1.5, 1.5), ("5m", 300), ("1h30m", 5400), ("10s", 10),
+        ("1.5h", 5400), ("250ms", 0.25), ("0", 0), (0, 0), ("0s", 0), (-1, math.inf),
+        ("-1", math.inf), ("-1m", math.inf), ("1h0m0.5s", 3600.5),
+    ],
+)  # fmt: skip
+def test_durations_are_seconds_or_what_ollama_writes(text, seconds):
+    assert parse_duration(text, "keep_alive") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "5 m", "5x", "1m5", "nan", "inf", "1e3", "five", "--1"])
+def test_what_is_no_duration_is_named(text):
+    with pytest.raises(ConfigError, match="keep_alive"):
+        parse_duration(text, "keep_alive")
 
 
 # where the file is

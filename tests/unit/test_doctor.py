@@ -76,18 +76,18 @@ def test_two_cards_and_an_engine_that_can_use_them(tmp_path):
     hardware = see(tmp_path, "two_nvidia")
     model = replace(
         MODEL,
-        placement="33 of 33 layers on NVIDIA GeForce RTX 4090 (5.0 GiB of 23.4 GiB free)",
+        placement="33 of 33 layers on NVIDIA GeForce RTX 4080 SUPER (5.0 GiB of 15.0 GiB free)",
         gpu_layers=33,
         parts={"weights": GIB // 4},
-        gpu_parts={"0000:17:00.0": {"weights": 4 * GIB, "runtime": GIB}},
+        gpu_parts={"0000:01:00.0": {"weights": 4 * GIB, "runtime": GIB}},
     )
     cuda = replace(ENGINE, devices=("CUDA0", "CUDA1", "CPU"), gpu_vendors=("nvidia",))
     found = report(facts(hardware, probes=[cuda], models=[model]))
     assert found["advice"] == [] and found["models"][0]["fits"] == "now"
     shown = text(found)
-    assert "23.4 GiB of 24.0 GiB free" in shown
-    assert "33 of 33 layers on NVIDIA GeForce RTX 4090" in shown
-    assert "5.0 GiB of 0000:17:00.0: 4.0 GiB weights, 1.0 GiB runtime" in shown
+    assert "15.0 GiB of 16.0 GiB free" in shown
+    assert "33 of 33 layers on NVIDIA GeForce RTX 4080 SUPER" in shown
+    assert "5.0 GiB of 0000:01:00.0: 4.0 GiB weights, 1.0 GiB runtime" in shown
 
 
 def test_a_container_that_is_too_small(tmp_path):

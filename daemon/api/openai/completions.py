@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from collections.abc import Sequence
 
 from aiohttp import web
 
 from backends.contract import Delta, Done, TokenLogprob
-from daemon.api.context import services
-from daemon.api.errors import read_json
-from daemon.api.openai.generation import answer, timings, usage
+from daemon.api.context import asked_model
+from daemon.api.generation import answer
+from daemon.api.openai.answers import (
+    StreamFailure,
+    TextChoice,
+    TextChunk,
+    TextCompletion,
+    TextLogprobs,
+)
+from daemon.api.openai.shown import extras, failure, read_texts, several, stream_of, usage
 from daemon.api.openai.types import CompletionBody
+from daemon.api.operation import WORK, operation
+from daemon.errors import ModeldError
 
 
 def routes() -> list[web.RouteDef]:
@@ -20,52 +29,55 @@ def routes() -> list[web.RouteDef]:
     return [web.post("/v1/completions", completions)]
 
 
+@operation(TextCompletion, body=CompletionBody, stream=(TextChunk, StreamFailure), errors=WORK)
 async def completions(request: web.Request) -> web.StreamResponse:
     """Go on from a text, at once or as a stream."""
-    body = await read_json(request, CompletionBody)
-    record = services(request).catalog.get(body.model)
-    return await answer(request, record, body, body.to_backend(), _TextView(record.unique))
+    body = await read_texts(request, CompletionBody, "prompt")
+    record = asked_model(request, body.model)
+    view = _TextView(record.unique, include_usage=body.include_usage, each=body.n or 1)
+    asked = [choice for each in body.to_backend() for choice in several(each, body.n)]
+    stream = stream_of(request, body)
+    return await answer(request, record, asked, body.terms(), view=view, stream=stream)
 
 
 class _TextView:
-    """See generation.View."""
+    """See generation.View. All parts of an answer share an id; a prompt has `each` choices."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, include_usage: bool, each: int) -> None:
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
-        self._offset = 0  # characters of the answer that are out
+        self._include_usage = include_usage
+        self._each = each
+        self._offsets: dict[int, int] = {}  # characters of each choice that are out
 
-    def _object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, *choices: TextChoice) -> TextChunk:
         return {
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
-            "choices": choices,
+            "choices": list(choices),
         }
 
-    def _choice(self, delta: Delta, finish_reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(delta.logprobs)
-        return self._object(
-            [
-                {
-                    "text": delta.content,
-                    "index": 0,
-                    "logprobs": logprobs,
-                    "finish_reason": finish_reason,
-                }
-            ]
-        )
+    def _choice(self, delta: Delta, index: int, finish_reason: str | None) -> TextChoice:
+        return {
+            "text": delta.content,
+            "index": index,
+            "logprobs": self._logprobs(delta.logprobs, index),
+            "finish_reason": finish_reason,
+        }
 
-    def _logprobs(self, entries: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
+    def _logprobs(self, entries: tuple[TokenLogprob, ...], index: int) -> TextLogprobs | None:
         """Return the log-probabilities in the form that this older API has for them."""
         if not entries:
             return None
         offsets = []
+        offset = self._offsets.get(index, 0)
         for entry in entries:
-            offsets.append(self._offset)
-            self._offset += len(entry.token)
+            offsets.append(offset)
+            offset += len(entry.token)
+        self._offsets[index] = offset
         return {
             "tokens": [entry.token for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
@@ -73,23 +85,35 @@ class _TextView:
             "text_offset": offsets,
         }
 
-    def begin(self) -> list[dict[str, Any]]:
+    def begin(self) -> list[TextChunk]:
         """See View."""
         return []
 
-    def chunk(self, delta: Delta) -> dict[str, Any]:
+    def piece(self, delta: Delta, choice: int, /) -> list[TextChunk]:
         """See View."""
-        return self._choice(delta, None)
+        return [self._chunk(self._choice(delta, choice, None))]
 
-    def end(self, done: Done) -> dict[str, Any]:
+    def end(self, done: Done, choice: int, /) -> list[TextChunk]:
         """See View."""
-        return self._choice(Delta(), done.finish_reason)
+        last = self._chunk(self._choice(Delta(), choice, done.finish_reason))
+        return [{**last, **extras([done])}]
 
-    def usage_chunk(self, done: Done) -> dict[str, Any]:
+    def last(self, dones: Sequence[Done], /) -> list[TextChunk]:
         """See View."""
-        return self._object([]) | {"usage": usage(done.usage)}
+        if not self._include_usage:
+            return []
+        return [{**self._chunk(), "usage": usage(dones, self._each)}]
 
-    def whole(self, answer: Delta, done: Done) -> dict[str, Any]:
+    def failure(self, error: ModeldError, /) -> StreamFailure:
         """See View."""
-        whole = self._choice(answer, done.finish_reason)
-        return whole | {"usage": usage(done.usage), "timings": timings(done)}
+        return failure(error)
+
+    def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> TextCompletion:
+        """See View."""
+        choices = [
+            self._choice(said, index, done.finish_reason)
+            for index, (said, done) in enumerate(answers)
+        ]
+        dones = [done for _, done in answers]
+        spent = usage(dones, self._each)
+        return {**self._chunk(*choices), "usage": spent, **extras(dones)}

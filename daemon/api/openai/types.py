@@ -17,176 +17,51 @@ from backends.contract import (
     Sampling,
 )
 from backends.grammars import MAX_NESTING, nesting
+from daemon.api.openai.messages import Body, Message
+from daemon.api.openai.tools import Choice, Name, Tool, offer
+from daemon.api.terms import TermsBody
 from daemon.errors import InvalidRequest
 
-_Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+_Tokens = Annotated[int, msgspec.Meta(ge=-1, le=1_000_000)]  # -1 as llama.cpp has it: no limit
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 _Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2048)]
-_SEEDS = 2**32 - 1  # the one value beyond means "random" to llama.cpp
+MOST_CHOICES = 64  # of one request
+SEEDS = 2**32 - 1  # the one value beyond means "random" to llama.cpp
 
 
-class _Body(msgspec.Struct, forbid_unknown_fields=True):
-    """Base of all that is read here."""
-
-
-class TextPart(_Body, tag_field="type", tag="text"):
-    """Text in a message."""
-
-    text: str
-
-
-class ImageUrl(_Body):
-    """Where an image is: in the URL itself (`data:`)."""
-
-    url: str
-    detail: str | None = None
-
-
-class ImagePart(_Body, tag_field="type", tag="image_url"):
-    """An image in a message."""
-
-    image_url: ImageUrl
-
-
-class CalledFunction(_Body):
-    """What an assistant called; `arguments` is JSON."""
-
-    name: str
-    arguments: str
-
-
-class CalledTool(_Body):
-    """A call in an assistant's message."""
-
-    id: str
-    function: CalledFunction
-    type: Literal["function"] = "function"
-    index: int | None = None
-
-
-class Message(_Body, kw_only=True):
-    """One message of a conversation. The last group is what answers carry and nobody needs back."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | ImagePart] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[CalledTool], msgspec.Meta(max_length=128)] | None = None
-    tool_call_id: str | None = None
-
-    reasoning_content: str | None = None
-    refusal: None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-    def to_backend(self) -> dict[str, Any]:
-        """Return the message as chat templates want it; text alone is one string."""
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self._content()}
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": msgspec.structs.asdict(call.function),
-                }
-                for call in self.tool_calls
-            ]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.name is not None and self.role == "tool":
-            message["name"] = self.name
-        return message
-
-    @property
-    def images(self) -> list[str]:
-        """The URLs of the images in the message."""
-        if not isinstance(self.content, list):
-            return []
-        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
-
-    def _content(self) -> Any:
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        if not self.images:
-            return "".join(part.text for part in self.content if isinstance(part, TextPart))
-        return [
-            {"type": "text", "text": part.text}
-            if isinstance(part, TextPart)
-            else {"type": "image_url", "image_url": {"url": part.image_url.url}}
-            for part in self.content
-        ]
-
-
-class Function(_Body):
-    """A function that a model may call; `parameters` is a JSON schema."""
-
-    name: _Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(_Body):
-    """A tool that a model may use."""
-
-    function: Function
-    type: Literal["function"] = "function"
-
-    def to_backend(self) -> dict[str, Any]:
-        """Return the tool without what was not given."""
-        fields = msgspec.structs.asdict(self.function)
-        kept = {name: value for name, value in fields.items() if value is not None}
-        return {"type": "function", "function": kept}
-
-
-class ChosenFunction(_Body):
-    """The function to call."""
-
-    name: _Name
-
-
-class ToolChoice(_Body):
-    """A call of this function is required."""
-
-    function: ChosenFunction
-    type: Literal["function"] = "function"
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries besides the answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class TextFormat(_Body, tag_field="type", tag="text"):
+class TextFormat(Body, tag_field="type", tag="text"):
     """Any text."""
 
 
-class JsonObjectFormat(_Body, tag_field="type", tag="json_object"):
+class JsonObjectFormat(Body, tag_field="type", tag="json_object"):
     """Any JSON object."""
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A JSON schema with a name."""
 
-    name: _Name = "answer"
+    name: Name = "answer"
     description: str | None = None
-    schema: dict[str, Any] = {}
+    schema: dict[str, Any] = msgspec.field(default_factory=dict)
     strict: bool | None = None
 
 
-class JsonSchemaFormat(_Body, tag_field="type", tag="json_schema"):
+class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
     """JSON that fits a schema; it is always kept to, `strict` or not."""
 
     json_schema: JsonSchema
 
 
-class SamplingBody(_Body, kw_only=True):
+class SamplingBody(TermsBody, kw_only=True):
     """What chat and completions share. The last group is accepted and has no effect here."""
 
     model: str
@@ -211,7 +86,7 @@ class SamplingBody(_Body, kw_only=True):
         | None
     ) = None
     grammar: Annotated[str, msgspec.Meta(max_length=65_536)] = ""
-    n: Literal[1] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=16)] | None = None
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -219,6 +94,11 @@ class SamplingBody(_Body, kw_only=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with what it cost."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def _sampling(
         self, *, max_tokens: int | None, logprobs: int | None, schema: dict[str, Any] | None = None
@@ -239,7 +119,7 @@ class SamplingBody(_Body, kw_only=True):
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
-            seed=None if self.seed is None else self.seed % _SEEDS,
+            seed=None if self.seed is None else self.seed % SEEDS,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repeat_penalty=self.repeat_penalty,
@@ -250,6 +130,16 @@ class SamplingBody(_Body, kw_only=True):
             json_schema=schema,
             grammar=self.grammar,
         )
+
+    @staticmethod
+    def _limit(**given: int | None) -> int | None:
+        """Return the first limit that is given. Raises InvalidRequest that names it, if it is 0."""
+        for name, limit in given.items():
+            if limit == 0:
+                raise InvalidRequest(f"{name}: must be at least 1, or -1 for no limit", param=name)
+            if limit is not None:
+                return None if limit == -1 else limit
+        return None
 
     def _logit_bias(self) -> dict[int, float]:
         biases = {}
@@ -263,16 +153,33 @@ class SamplingBody(_Body, kw_only=True):
 
 
 class ChatBody(SamplingBody, kw_only=True):
-    """Body of POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions.
+
+    The second group is accepted and has no effect here; the third is not supported, and may be null
+    for clients that send all fields that there are.
+    """
 
     messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
     max_completion_tokens: _Tokens | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+
+    modalities: list[Literal["text"]] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    moderation: None = None
+    prediction: None = None
+    web_search_options: None = None
 
     def to_backend(self) -> ChatRequest:
         """Return the request as backends take it. Raises InvalidRequest."""
@@ -280,23 +187,18 @@ class ChatBody(SamplingBody, kw_only=True):
             raise InvalidRequest(
                 "top_logprobs: only allowed together with logprobs", param="top_logprobs"
             )
-        if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise InvalidRequest("tool_choice: there are no tools to call", param="tool_choice")
         self._check_images()
-        tools = tuple(tool.to_backend() for tool in self.tools or ())
-        if self.tool_choice == "none":
-            tools = ()
-        named = isinstance(self.tool_choice, ToolChoice)
+        offered = offer(self.tools or (), self.tool_choice)
         return ChatRequest(
             messages=tuple(message.to_backend() for message in self.messages),
-            tools=tools,
-            tool_choice="function" if named else str(self.tool_choice or "auto"),
-            tool_name=self.tool_choice.function.name
-            if isinstance(self.tool_choice, ToolChoice)
-            else "",
+            tools=offered.tools,
+            tool_choice=offered.tool_choice,
+            tool_name=offered.tool_name,
             parallel_tool_calls=bool(self.parallel_tool_calls),
             sampling=self._sampling(
-                max_tokens=self.max_completion_tokens or self.max_tokens,
+                max_tokens=self._limit(
+                    max_completion_tokens=self.max_completion_tokens, max_tokens=self.max_tokens
+                ),
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
                 schema=self._schema(),
             ),
@@ -321,29 +223,33 @@ class ChatBody(SamplingBody, kw_only=True):
 
 
 class CompletionBody(SamplingBody, kw_only=True):
-    """Body of POST /v1/completions."""
+    """Body of POST /v1/completions. Each prompt has as many choices as `n` says."""
 
-    prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=1)]
+    prompt: str | Annotated[list[str], msgspec.Meta(min_length=1, max_length=MOST_CHOICES)]
     suffix: str | None = None
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
 
-    def to_backend(self) -> CompleteRequest:
-        """Return the request as backends take it. Raises InvalidRequest."""
-        return CompleteRequest(
-            prompt=self.prompt if isinstance(self.prompt, str) else self.prompt[0],
-            suffix=self.suffix,
-            sampling=self._sampling(max_tokens=self.max_tokens, logprobs=self.logprobs),
-        )
+    def to_backend(self) -> list[CompleteRequest]:
+        """Return the request for each prompt as backends take it. Raises InvalidRequest."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if len(prompts) * (self.n or 1) > MOST_CHOICES:
+            raise InvalidRequest(f"n: more than {MOST_CHOICES} choices for all prompts", param="n")
+        limit = self._limit(max_tokens=self.max_tokens)
+        sampling = self._sampling(max_tokens=limit, logprobs=self.logprobs)
+        return [
+            CompleteRequest(prompt=prompt, suffix=self.suffix, sampling=sampling)
+            for prompt in prompts
+        ]
 
 
-class EmbeddingsBody(_Body):
+class EmbeddingsBody(TermsBody, kw_only=True):
     """Body of POST /v1/embeddings. `truncate` cuts texts that are too long for the model."""
 
     model: str
     input: str | _Texts
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, msgspec.Meta(ge=1, le=65_536)] | None = None
     truncate: bool = False
     user: str | None = None
@@ -354,13 +260,13 @@ class EmbeddingsBody(_Body):
         return EmbedRequest(inputs=inputs, dimensions=self.dimensions, truncate=self.truncate)
 
 
-class Document(_Body):
+class Document(Body):
     """A text to score."""
 
     text: str
 
 
-class RerankBody(_Body):
+class RerankBody(TermsBody, kw_only=True):
     """Body of POST /v1/rerank, in the form that Jina, Cohere, vLLM and llama.cpp share."""
 
     model: str

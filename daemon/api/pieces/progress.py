@@ -7,16 +7,20 @@ below 100 until the model can be loaded; and always one terminal frame.
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
+from typing import Literal
 
 from aiohttp import web
 
-from daemon.api.context import Services, requested_model, services
-from daemon.api.pieces.sockets import accept, is_upgrade, push
-from daemon.downloads.jobs import JobState, Update
+from daemon.api.context import services
+from daemon.api.operation import operation
+from daemon.api.pieces import aliases
+from daemon.api.pieces.answers import Frame
+from daemon.api.pieces.identifiers import Identifiers, push_identifiers
+from daemon.api.sockets import accept, is_upgrade, push
+from daemon.downloads.job import JobState, Update
 
-_STATUSES = {
+_Status = Literal["IN-PROGRESS", "COMPLETED", "FAILED", "CANCELED"]
+_STATUSES: dict[JobState, _Status] = {
     JobState.QUEUED: "IN-PROGRESS",
     JobState.RUNNING: "IN-PROGRESS",
     JobState.VERIFYING: "IN-PROGRESS",
@@ -34,15 +38,16 @@ def routes() -> list[web.RouteDef]:
     ]
 
 
-def frame(update: Update) -> dict[str, Any]:
+def frame(update: Update) -> Frame:
     """Return the progress frame for `update`."""
     status = "INITIALIZED" if update.initial else _STATUSES[update.state]
     return {"status": status, "percentage": update.percentage}
 
 
+@operation(Frame, socket=True)
 async def download_progress(request: web.Request) -> web.StreamResponse:
     """Push a model's download progress; a plain GET gets the present state once."""
-    parts, record = services(request), requested_model(request)
+    parts, record = services(request), aliases.meant(request, request.match_info["model"])
     if not is_upgrade(request):
         return web.json_response(_present(request, record.id, downloaded=record.downloaded))
     socket = await accept(request)
@@ -55,46 +60,16 @@ async def download_progress(request: web.Request) -> web.StreamResponse:
         return await push(request, socket, send())
 
 
-def _present(request: web.Request, model_id: str, *, downloaded: bool) -> dict[str, Any]:
+def _present(request: web.Request, model_id: str, *, downloaded: bool) -> Frame:
     for job in services(request).downloads.all():
         if job.model_id == model_id:
             return frame(Update(state=job.state, percentage=job.percentage))
     return {"status": "COMPLETED", "percentage": 100.0} if downloaded else {"status": "UNKNOWN"}
 
 
+@operation(Identifiers, socket=True)
 async def identifiers(request: web.Request) -> web.StreamResponse:
     """Push every model's id, then the ids of those that change or are deleted."""
-    parts = services(request)
-    if not is_upgrade(request):
-        return web.json_response(_every(parts))
-    socket = await accept(request)
-    changes: dict[str, bool] = {}
-    more = asyncio.Event()
-
-    def changed(model_id: str, *, deleted: bool) -> None:
-        changes[model_id] = deleted  # a slow reader gets each model once
-        more.set()
-
-    async def send() -> None:
-        await socket.send_json(every)  # no change is lost: listening began in the same step
-        while True:
-            await more.wait()
-            more.clear()
-            batch = [_identifier(key, deleted=gone) for key, gone in changes.items()]
-            changes.clear()
-            await socket.send_json({"iterable": batch})
-
-    every, end = _every(parts), parts.catalog.listen(changed)
-    try:
-        return await push(request, socket, send())
-    finally:
-        end()
-
-
-def _every(parts: Services) -> dict[str, Any]:
-    return {"iterable": [{"model": {"id": record.id}} for record in parts.catalog.all()]}
-
-
-def _identifier(model_id: str, *, deleted: bool) -> dict[str, Any]:
-    identifier: dict[str, Any] = {"model": {"id": model_id}}
-    return identifier | {"deleted": True} if deleted else identifier
+    catalog = services(request).catalog
+    every = [record.id for record in catalog.all()]
+    return await push_identifiers(request, "model", every, catalog.listen)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import msgspec
 
 from daemon.api.context import Services
+from daemon.api.pieces import answers
+from daemon.api.pieces.answers import Model
 from daemon.api.pieces.enums import FOUNDATIONS, KINDS, PROVIDERS, USAGES
 from daemon.catalog.record import ModelRecord
 from daemon.errors import InvalidRequest
@@ -103,14 +105,14 @@ def readable(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _bytes(size: int) -> dict[str, Any]:
+def _bytes(size: int) -> answers.Bytes:
     return {"value": int(size), "readable": readable(size)}
 
 
-def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
+def model_view(parts: Services, record: ModelRecord) -> Model:
     """Return the record as a Pieces Model; optional fields that are not known are left out."""
     status = parts.models.status(record.id)
-    view: dict[str, Any] = {
+    view: Model = {
         "id": record.id,
         "version": record.version,
         "created": {"value": record.created},
@@ -125,15 +127,15 @@ def model_view(parts: Services, record: ModelRecord) -> dict[str, Any]:
         "downloading": parts.downloads.active(record.id),
         "loaded": status.state is ModelState.READY,
     }
-    ram = status.measured_bytes or status.estimate_bytes
-    optional = {
-        "description": record.description,
-        "quantization": record.quantization,
-        "foundation": record.foundation,
-        "provider": record.provider,
-        "bytes": _bytes(record.size_bytes) if record.size_bytes else None,
-        "ram": _bytes(ram) if ram else None,
-        "parameters": record.parameters / _BILLION if record.parameters else None,
-        "maxTokens": {"total": record.context_length} if record.context_length else None,
-    }
-    return view | {field: value for field, value in optional.items() if value}
+    for field in ("description", "quantization", "foundation", "provider"):
+        if value := getattr(record, field):
+            view[field] = value
+    if record.size_bytes:
+        view["bytes"] = _bytes(record.size_bytes)
+    if ram := parts.models.ram_bytes(record):
+        view["ram"] = _bytes(ram)
+    if record.parameters:
+        view["parameters"] = record.parameters / _BILLION
+    if record.context_length:
+        view["maxTokens"] = {"total": record.context_length}
+    return view

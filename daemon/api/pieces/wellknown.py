@@ -9,7 +9,8 @@ from aiohttp import web
 
 import daemon
 from daemon.api.context import services
-from daemon.api.pieces.sockets import accept, is_upgrade, push
+from daemon.api.operation import operation
+from daemon.api.sockets import accept, is_upgrade, push
 
 _HEALTH_EVERY_S = 5.0
 
@@ -24,21 +25,25 @@ def routes() -> list[web.RouteDef]:
     ]
 
 
+@operation(str)
 async def health(request: web.Request) -> web.Response:
     """Answer `ok:<uuid>`, where the uuid is this installation's."""
     return web.Response(text=f"ok:{services(request).identity}")
 
 
+@operation(str)
 async def version(request: web.Request) -> web.Response:
     """Answer the Pieces API version; modeld's own is at /health."""
     return web.Response(text=services(request).config.server.pieces_version)
 
 
+@operation(str)
 async def installation_path(_: web.Request) -> web.Response:
     """Answer where modeld is installed."""
     return web.Response(text=str(Path(daemon.__file__).parent))
 
 
+@operation(str, socket=True)
 async def stream_health(request: web.Request) -> web.StreamResponse:
     """Push `ok` from time to time."""
     if not is_upgrade(request):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket as socket_module
 from collections.abc import Coroutine
 from typing import Any
 
@@ -22,7 +23,9 @@ def is_upgrade(request: web.Request) -> bool:
 
 async def accept(request: web.Request) -> web.WebSocketResponse:
     """Accept the WebSocket. A client that stops answering pings is dropped."""
-    socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, timeout=_CLOSE_S, compress=False)
+    socket = web.WebSocketResponse(
+        heartbeat=_HEARTBEAT_S, timeout=_CLOSE_S, compress=False, autoclose=False
+    )
     await socket.prepare(request)
     return socket
 
@@ -31,11 +34,17 @@ async def push(
     request: web.Request, socket: web.WebSocketResponse, sending: Coroutine[Any, Any, None]
 ) -> web.WebSocketResponse:
     """Run `sending` until it ends, the client leaves, or the daemon stops; then close."""
-    tasks = {
-        asyncio.create_task(sending),
-        asyncio.create_task(_until_closed(socket)),
-        asyncio.create_task(_until_stopping(request)),
-    }
+    return await serve(request, socket, sending, _until_closed(socket))
+
+
+async def serve(
+    request: web.Request, socket: web.WebSocketResponse, *work: Coroutine[Any, Any, None]
+) -> web.WebSocketResponse:
+    """Run `work`, one part of which reads from the socket, until one of its parts ends.
+
+    It also ends when the daemon stops; then close.
+    """
+    tasks = {asyncio.create_task(part) for part in (*work, _until_stopping(request))}
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -45,8 +54,22 @@ async def push(
     for task in done:
         if (error := task.exception()) and not isinstance(error, ConnectionError):
             raise error
+    _cork(request)
     await socket.close()
     return socket
+
+
+def _cork(request: web.Request) -> None:
+    """Have the last frame and the end of the connection leave together.
+
+    Clients that read in one thread and close in another (websocket-client does) wait 10 s for an
+    end which comes after the frame that answers theirs.
+    """
+    opened = request.transport.get_extra_info("socket") if request.transport else None
+    if opened is not None and opened.family != socket_module.AF_UNIX:
+        cork = getattr(socket_module, "TCP_CORK", None)  # Linux has it
+        if cork is not None:
+            opened.setsockopt(socket_module.IPPROTO_TCP, cork, 1)
 
 
 async def _until_closed(socket: web.WebSocketResponse) -> None:

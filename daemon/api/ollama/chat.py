@@ -1,0 +1,77 @@
+"""Chat and generate: an answer in pieces, unless it is asked for as a whole."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from daemon.api.context import services
+from daemon.api.errors import read_json
+from daemon.api.generation import Asked, View, answer
+from daemon.api.ollama.answers import ChatAnswer, GenerateAnswer, timestamp
+from daemon.api.ollama.names import named
+from daemon.api.ollama.types import ChatBody, GenerateBody, Generating
+from daemon.api.ollama.views import ChatView, GenerateView
+from daemon.api.operation import NDJSON, WORK, operation
+from daemon.api.streams import LineStream
+from daemon.catalog.record import ModelRecord
+
+
+def routes() -> list[web.RouteDef]:
+    """Return this module's routes."""
+    return [web.post("/api/chat", chat), web.post("/api/generate", generate)]
+
+
+@operation(ChatAnswer, body=ChatBody, stream=ChatAnswer, stream_type=NDJSON, errors=WORK)
+async def chat(request: web.Request) -> web.StreamResponse:
+    """Answer a conversation; without messages, load the model or unload it."""
+    body = await read_json(request, ChatBody)
+    record = named(request, body.model)
+    if not body.messages:
+        reason = await _moved(request, record, body)
+        done: ChatAnswer = {
+            "model": body.model,
+            "created_at": timestamp(),
+            "message": {"role": "assistant", "content": ""},
+            "done": True,
+            "done_reason": reason,
+        }
+        return web.json_response(done)
+    view = ChatView(body.model, thinks=body.thinks)
+    return await _answered(request, record, body, body.to_backend(), view)
+
+
+@operation(
+    GenerateAnswer, body=GenerateBody, stream=GenerateAnswer, stream_type=NDJSON, errors=WORK
+)
+async def generate(request: web.Request) -> web.StreamResponse:
+    """Answer a prompt; without one, load the model or unload it."""
+    body = await read_json(request, GenerateBody)
+    record = named(request, body.model)
+    if not body.prompt and not body.suffix:
+        done: GenerateAnswer = {
+            "model": body.model,
+            "created_at": timestamp(),
+            "response": "",
+            "done": True,
+            "done_reason": await _moved(request, record, body),
+        }
+        return web.json_response(done)
+    view = GenerateView(body.model, thinks=body.thinks)
+    return await _answered(request, record, body, body.to_backend(), view)
+
+
+async def _moved(request: web.Request, record: ModelRecord, body: Generating) -> str:
+    """Load the model, or unload it, and say which."""
+    models = services(request).models
+    if body.unloads:
+        await models.unload(record.id)
+        return "unload"
+    await models.load(record, body.terms(record))
+    return "load"
+
+
+async def _answered(
+    request: web.Request, record: ModelRecord, body: Generating, asked: Asked, view: View
+) -> web.StreamResponse:
+    stream = LineStream(request) if body.streams else None
+    return await answer(request, record, [asked], body.terms(record), view=view, stream=stream)

@@ -1,0 +1,42 @@
+"""Models by the names that Ollama's clients give them: `name:tag`, where `latest` is no tag."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from daemon.api.context import asked_model, services
+from daemon.catalog.database import Catalog
+from daemon.catalog.record import ModelRecord
+from daemon.errors import ModelNotFound
+
+_LATEST = ":latest"
+
+
+def shown(unique: str) -> str:
+    """Return a unique name as Ollama shows names: they have a tag, always."""
+    return unique if ":" in unique else unique + _LATEST
+
+
+def resolve(catalog: Catalog, name: str) -> ModelRecord:
+    """Return the model of this name, with or without `:latest`.
+
+    A name without a tag also means the one model of that name which is downloaded, whatever its
+    tag. Raises ModelNotFound.
+    """
+    found = catalog.find(name) or catalog.find(name.removesuffix(_LATEST))
+    if found is not None:
+        return found
+    bare = name.removesuffix(_LATEST).lower()
+    tagged = [each for each in catalog.all() if each.unique.lower().partition(":")[0] == bare]
+    here = [each for each in tagged if each.downloaded]
+    if len(here) == 1:
+        return here[0]
+    advice = "`modeld list` shows all models"
+    if tagged:
+        advice = "its tags are " + ", ".join(each.unique.partition(":")[2] for each in tagged)
+    raise ModelNotFound(f"model {name!r} not found; {advice}")
+
+
+def named(request: web.Request, name: str) -> ModelRecord:
+    """Return the model that a request names. See asked_model. Raises ModelNotFound."""
+    return asked_model(request, resolve(services(request).catalog, name).id)

@@ -1,0 +1,124 @@
+"""Clients that leave, read nothing, or send too slowly or too much: each is dealt with in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+
+import pytest
+from aiohttp import ClientConnectionError
+
+from daemon.api import errors, streams
+
+WAIT_S = 20.0
+CHAT = "/v1/chat/completions"
+
+
+def ask(content: str, **fields):
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **fields}
+
+
+async def connect(client) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that has room for very little that it does not read."""
+    opened = socket.socket()
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    opened.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(opened, ("127.0.0.1", client.port))
+    return await asyncio.open_connection(sock=opened, limit=4096)
+
+
+def request_bytes(path: str, body: bytes, length: int | None = None) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body
+
+
+async def gone(services) -> None:
+    """Wait until no request is left."""
+    async with asyncio.timeout(WAIT_S):
+        while services.models.requests():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_client_that_reads_nothing_is_left(client, add_model, services, monkeypatch):
+    monkeypatch.setattr(streams, "STALLED_S", 0.5)
+    await add_model()
+    body = json.dumps(ask("!words 300000", stream=True)).encode()
+    reader, writer = await connect(client)
+    writer.write(request_bytes(CHAT, body))
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    async with asyncio.timeout(WAIT_S):
+        while not services.models.requests():
+            await asyncio.sleep(0.02)
+    await gone(services)
+    rest = b""
+    with contextlib.suppress(ConnectionError):
+        while part := await reader.read(65536):
+            rest += part
+    assert rest and b"[DONE]" not in rest
+    writer.close()
+    # The model is there for others.
+    answer = await client.post(CHAT, json=ask("one two"))
+    assert (await answer.json())["choices"][0]["message"]["content"] == "one two"
+
+
+async def test_a_body_that_trickles_in_is_refused(client, add_model, monkeypatch):
+    monkeypatch.setattr(errors, "_BODY_S", 1.0)
+    await add_model()
+    reader, writer = await connect(client)
+    body = json.dumps(ask("one two")).encode()
+    began = time.monotonic()
+    writer.write(request_bytes(CHAT, b"", len(body)))
+
+    async def trickle() -> None:
+        for byte in body:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(1)
+
+    trickling = asyncio.create_task(trickle())
+    answer = await reader.readuntil(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - began < 5
+    error = json.loads(await reader.readuntil(b"}}"))["error"]
+    assert error["code"] == "body_timeout" and "within 1 s" in error["message"]
+    trickling.cancel()
+    writer.close()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/models/create", "/modeld/v1/models"])
+@pytest.mark.parametrize("told", [True, False])
+async def test_100_megabytes_are_refused(client, path, told):
+    part = b"x" * 1_000_000
+    sent = 0
+
+    async def parts():
+        nonlocal sent
+        for _ in range(100):
+            sent += len(part)
+            yield part
+
+    headers = {"Content-Length": str(100 * len(part))} if told else {}
+    try:
+        answer = await client.post(path, data=parts(), headers=headers)
+        assert answer.status == 413 and "20" in await answer.text()
+    except ClientConnectionError:
+        pass  # it was still sending when it was refused
+    assert sent < 60_000_000
+    assert (await client.get("/health")).status == 200
+
+
+async def test_a_client_that_leaves_ends_its_work_at_once(client, add_model, services):
+    await add_model()
+    for stream in (True, False):
+        reader, writer = await connect(client)
+        body = json.dumps(ask("!slow 100000", stream=stream)).encode()
+        writer.write(request_bytes(CHAT, body))
+        async with asyncio.timeout(WAIT_S):
+            while not any(each.pieces for each in services.models.requests()):
+                await asyncio.sleep(0.02)
+        writer.close()
+        began = time.monotonic()
+        await gone(services)
+        assert time.monotonic() - began < 2
+        del reader

@@ -1,0 +1,156 @@
+"""Schemathesis holds the daemon to its own description, `/openapi.json`.
+
+It makes requests of the described types, right ones and wrong ones; half of them name models that
+are there. Answers must have a status, a content type and a form that the description knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from gguf_files import Tensor, write_gguf
+from hub import LocalHub
+from hypothesis import strategies
+from running import SAMPLE, RunningDaemon
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from daemon.api import app, openapi
+from daemon.api.errors import is_pieces
+from daemon.api.operation import described
+
+ROUTES = app.routes()
+DESCRIBED = openapi.document(ROUTES)["paths"]
+ENDLESS = {"/modeld/v1/events"}  # its stream goes on until the client leaves
+OPERATIONS = [
+    (path, method)
+    for path, methods in DESCRIBED.items()
+    for method in methods
+    if path not in ENDLESS
+]
+# What a request may say to end its answer soon, by the name that each API has for it.
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+REMOVED = "to-be-removed"
+REPO = "owner/tiny"
+NAMES = (SAMPLE, SAMPLE, REMOVED)
+TIMEOUT_S = 60.0
+CHECKS = [
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    home = tmp_path_factory.mktemp("described")
+    tiny = write_gguf(home / "tiny.gguf", tensors=[Tensor(dimensions=(32, 4))]).read_bytes()
+    config = home / "modeld.toml"
+    config.write_text("[models]\ncontext_length = 128\n")
+    with LocalHub() as hub:
+        hub.add(REPO, {"tiny.gguf": tiny})
+        daemon = RunningDaemon(home, "--config", str(config), HF_ENDPOINT=hub.url)
+        try:
+            daemon.start().download()
+            add_one_to_remove(daemon)
+            yield daemon
+        finally:
+            daemon.stop()
+
+
+@pytest.fixture(scope="module")
+def schema(daemon: RunningDaemon) -> Any:
+    return schemathesis.openapi.from_url(f"{daemon.url}/openapi.json")
+
+
+def test_every_route_is_described() -> None:
+    assert [(r.method, r.path) for r in ROUTES if described(r.handler) is None] == []
+
+
+def test_the_document_is_what_the_specification_wants(daemon: RunningDaemon) -> None:
+    document = daemon.json("GET", "/openapi.json")
+    names = [each["operationId"] for path in document["paths"].values() for each in path.values()]
+    assert document["openapi"].startswith("3.1") and len(names) == len(set(names)) == len(ROUTES)
+    text = json.dumps(document)
+    for name in document["components"]["schemas"]:
+        assert f'"#/components/schemas/{name}"' in text, f"{name} is described for nothing"
+
+
+def pointed(case: Any, model: str, *, there: bool) -> None:
+    """Have a request name a model that is there, and end its answer soon."""
+    if there and "model" in (case.path_parameters or {}):
+        case.path_parameters["model"] = model
+    if not isinstance(case.body, dict):
+        return
+    for key in ("model", "name"):
+        if there and isinstance(case.body.get(key), str):
+            case.body[key] = model
+    for limit in LIMITS:
+        if isinstance(case.body.get(limit), int) and case.body[limit] > 8:
+            case.body[limit] = 8
+    case.body.pop("ignore_eos", None)
+    case.body.pop("context_length", None)
+    if isinstance(options := case.body.get("options"), dict):
+        options.pop("num_ctx", None)
+        if isinstance(options.get("num_predict"), int):
+            options["num_predict"] = min(8, options["num_predict"])
+
+
+def removes(path: str, method: str) -> bool:
+    return method == "delete" or "/delete" in path
+
+
+def check_status(path: str, response: Any) -> None:
+    """Only the Pieces API answers all that goes wrong with a 500, and what can't be done is a 501."""
+    if response.status_code >= 500 and response.status_code != 501:
+        assert is_pieces(path) and response.status_code == 500, response.text
+        assert "modeld failed" not in response.text
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=lambda value: value)
+def test_answers_are_as_described(
+    daemon: RunningDaemon, schema: Any, path: str, method: str
+) -> None:
+    operation = schema[path][method]
+
+    @hypothesis.settings(
+        max_examples=25,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(
+        case=operation.as_strategy() | operation.as_strategy(GenerationMode.NEGATIVE),
+        model=strategies.sampled_from(NAMES),
+        there=strategies.booleans(),
+    )
+    def run(case: Any, model: str, there: bool) -> None:  # noqa: FBT001
+        if removes(path, method):
+            add_one_to_remove(daemon)
+            model = REMOVED
+        pointed(case, model, there=there)
+        response = case.call(timeout=TIMEOUT_S)
+        case.validate_response(response, checks=CHECKS)
+        check_status(path, response)
+
+    run()
+    assert daemon.alive and "Traceback" not in daemon.log
+
+
+def add_one_to_remove(daemon: RunningDaemon) -> None:
+    source = {"source": f"hf:{REPO}/tiny.gguf", "unique": REMOVED}
+    answer = requests.post(f"{daemon.url}/modeld/v1/models", json=source, timeout=TIMEOUT_S)
+    assert answer.status_code in (200, 201)
