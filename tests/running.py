@@ -17,7 +17,11 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from daemon.catalog.seed import builtin
+
 SAMPLE = "smollm2:135m-instruct-q4_1"
+BUILT_IN = tuple(sorted(entry.unique for entry in builtin()))
+ALIASES = ("gemini-2.0-flash-lite-001", "gpt-3.5-turbo", "gpt-4o")  # for Pieces clients alone
 START_S = 20.0
 
 
@@ -39,11 +43,18 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
     }
 
 
+def another(gguf: bytes, number: int) -> bytes:
+    """The same model under another name in its header: a file with other bytes."""
+    at = gguf.index(b"general.name") + len(b"general.name") + 4 + 8
+    return gguf[:at] + f"{number:02}".encode() + gguf[at + 2 :]
+
+
 class RunningDaemon:
     """`modeld serve` on a free port. Start it, use `json` or `url`, and always `stop` it."""
 
     def __init__(self, home: Path, *arguments: str, **extra: str) -> None:
         self.home = home
+        self.before: list[str] = []  # what the command is run by, such as a control group's entry
         self.data_dir = home / "modeld"
         self.environment = environment(home, **extra)
         self._arguments = arguments
@@ -53,6 +64,7 @@ class RunningDaemon:
 
     def start(self) -> RunningDaemon:
         command = [
+            *self.before,
             sys.executable,
             "-m",
             "daemon",
