@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
-from gguf_files import Tensor, write_gguf
+from gguf_models import tiny_llama
 from hub import LocalHub
 from hypothesis import strategies
 from running import SAMPLE, RunningDaemon
@@ -56,7 +56,8 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
     home = tmp_path_factory.mktemp("described")
-    tiny = write_gguf(home / "tiny.gguf", tensors=[Tensor(dimensions=(32, 4))]).read_bytes()
+    # A request may download it and ask it: it has to be one that loads.
+    tiny = tiny_llama(home).read_bytes()
     config = home / "modeld.toml"
     config.write_text("[models]\ncontext_length = 128\n")
     with LocalHub() as hub:
