@@ -10,12 +10,20 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 from running import RunningDaemon
+from turns import turn
 
 TESTS = Path(__file__).parent
 
 # A machine that others use as well makes examples slowly; that says nothing of the code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Wait before the test's own time begins to be counted."""
+    with turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -108,6 +108,7 @@ async def test_100_megabytes_are_refused(client, path, told):
     assert (await client.get("/health")).status == 200
 
 
+@pytest.mark.alone
 async def test_a_client_that_leaves_ends_its_work_at_once(client, add_model, services):
     await add_model()
     for stream in (True, False):

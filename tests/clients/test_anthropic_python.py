@@ -326,6 +326,7 @@ def test_a_crash_in_a_stream_is_an_error_with_words(client, daemon):
     assert crash.value.body["error"]["type"] == "api_error"
 
 
+@pytest.mark.alone
 def test_a_client_that_waits_long_is_kept_and_then_served(client, daemon):
     wanted = text_of(say(client))
     worker = daemon.model()["worker_pid"]

@@ -526,6 +526,7 @@ def test_terms_of_a_request(daemon, client):
     wait_until(lambda: daemon.model()["state"] == "unloaded")
 
 
+@pytest.mark.alone
 def test_a_slow_load_keeps_streams_waiting(daemon, client):
     """The worker is halted while it loads: headers and comments come all the same."""
     daemon.json("POST", f"/modeld/v1/models/{SAMPLE}/unload")

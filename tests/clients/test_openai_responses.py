@@ -223,6 +223,7 @@ def test_a_crash_in_a_stream_fails_the_response(client, daemon):
     assert event.response.status == "failed" and "crashed" in event.response.error.message
 
 
+@pytest.mark.alone
 def test_a_client_that_waits_long_is_kept_and_then_served(client, daemon):
     wanted = client.responses.create(**SHORT).output_text
     worker = daemon.model()["worker_pid"]

@@ -272,6 +272,7 @@ def test_a_model_that_is_not_downloaded_does_not_load(sdk: Sdk) -> None:
 # downloading
 
 
+@pytest.mark.alone
 def test_download(sdk: Sdk, hub: LocalHub, hub_daemon: RunningDaemon) -> None:
     model = sdk("models_create_new_model", seeded(unique=SOURCE))
     assert (model.downloaded, model.downloading) == (False, False)

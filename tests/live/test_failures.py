@@ -80,6 +80,7 @@ def loaded(sample_daemon):
     return sample_daemon
 
 
+@pytest.mark.alone
 def test_kill_9_of_a_worker_mid_stream(loaded, tmp_path):
     with Stream(loaded, LONG) as stream:
         lines = stream.lines()
@@ -228,6 +229,7 @@ def running(process: psutil.Process) -> bool:
         return False
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
 def test_a_client_that_leaves_a_long_prompt_frees_the_engine(start_daemon, engine):
     """1 s into a prompt of 3,000 tokens; with one slot, the next request has to wait for it."""
@@ -293,6 +295,7 @@ def heads(daemon, count: int) -> list[float]:
     return seconds
 
 
+@pytest.mark.alone
 def test_health_answers_within_100_ms_while_a_generation_uses_every_core(loaded):
     streams = [Stream(loaded, LONG) for _ in range(4)]
     readers = [threading.Thread(target=lambda s=s: drain(s), daemon=True) for s in streams]
@@ -315,6 +318,7 @@ def drain(stream: Stream) -> None:
         pass  # the test left
 
 
+@pytest.mark.alone
 def test_health_answers_within_100_ms_while_a_model_loads(sample_daemon):
     stop, states = threading.Event(), set()
 

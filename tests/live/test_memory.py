@@ -41,6 +41,7 @@ def test_a_loaded_model_s_memory_is_measured_and_booked(sample_daemon):
     assert sample_daemon.json("GET", "/modeld/v1/memory")["reserved_bytes"] == 0
 
 
+@pytest.mark.alone
 def test_twenty_loads_and_unloads_leave_nothing(daemon):
     start = daemon.process.memory_info().rss
     daemon.download()

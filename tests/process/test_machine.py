@@ -80,6 +80,7 @@ async def test_free_memory_is_asked_anew_each_time(pynvml, two_cards, tmp_path):
     assert len(log.read_text()) == len(before) + 1, "those who ask at once share one answer"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("library", "reason"),
     [
@@ -164,6 +165,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("library", [CRASHES, HANGS], ids=["crashes", "hangs"])
 def test_the_daemon_starts_and_lives_beside_a_library_that_misbehaves(
     pynvml, two_cards, tmp_path, library

@@ -125,6 +125,7 @@ async def test_a_probe_that_talks_a_lot_is_heard_all_the_same(probers, add_backe
     assert "in the end" in probe.reason
 
 
+@pytest.mark.alone
 async def test_an_engine_that_hangs_is_given_up_and_ended(probers, add_backend, monkeypatch):
     monkeypatch.setattr(prober, "_TIMEOUT_S", 1.0)
     hang = "import time; time.sleep(3600)"
@@ -320,6 +321,7 @@ async def test_an_engine_that_failed_at_a_load_is_asked_again(probers, versioned
     assert versioned.count() == 2
 
 
+@pytest.mark.alone
 async def test_an_engine_that_hangs_is_not_waited_for_at_the_next_start(
     probers, versioned, monkeypatch
 ):

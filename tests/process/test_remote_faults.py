@@ -515,6 +515,7 @@ async def test_an_authority_of_the_user_s_own_is_trusted(
 # cancelling
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("step", [silent, stream(piece("Hel"), then="stall")])
 async def test_a_cancel_closes_the_connection_at_once(worker, upstream, step):
     upstream.plan = [step]
@@ -532,6 +533,7 @@ async def test_a_cancel_closes_the_connection_at_once(worker, upstream, step):
     assert await text_of(worker) == "Hello there"
 
 
+@pytest.mark.alone
 async def test_a_cancel_ends_the_wait_between_two_tries(worker, upstream):
     upstream.plan = [status(503, Retry_After="5")]
     request_id, entry = worker.submit(HELLO)

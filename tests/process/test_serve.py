@@ -76,6 +76,7 @@ def test_a_broken_catalog_is_refused_and_not_touched(tmp_path):
     assert path.read_bytes() == b"not a database " * 1000
 
 
+@pytest.mark.alone
 def test_without_listen_it_takes_a_port_where_pieces_clients_look(tmp_path, start_daemon):
     home = tmp_path / "other"
     process = subprocess.Popen(

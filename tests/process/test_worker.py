@@ -508,6 +508,7 @@ async def test_a_restore_that_fails_does_not_fail_the_load(start, worker, tmp_pa
 # crashing
 
 
+@pytest.mark.alone
 async def test_a_kill_is_told_to_all_that_was_in_flight(worker):
     requests = [worker.submit(say("!slow 100000"))[1] for _ in range(2)]
     for request in requests:

@@ -82,6 +82,7 @@ def test_a_directory_a_pipe_or_a_loop_where_a_file_should_be(tmp_path, path):
     look(tmp_path / "c")
 
 
+@pytest.mark.alone
 def test_huge_files_are_read_only_in_part(tmp_path):
     for path in PATHS:
         put(tmp_path, path, b"")
@@ -91,6 +92,7 @@ def test_huge_files_are_read_only_in_part(tmp_path):
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.alone
 def test_a_computer_of_many_cpus_and_cards(tmp_path):
     cpuinfo = "".join(f"processor: {n}\ncore id: {n}\nflags: avx2\n\n" for n in range(2048))
     put(tmp_path, "proc/cpuinfo", cpuinfo.encode())
@@ -141,6 +143,7 @@ class HangingNvml:
         return lambda *_: 1
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("function", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetMemoryInfo"])
 def test_nvml_that_hangs_is_left_behind(tmp_path, hanging, function):
     put(tmp_path, "dev/nvidiactl", b"")

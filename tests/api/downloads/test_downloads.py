@@ -137,6 +137,7 @@ async def test_rate_and_time_left_are_told(client, hub):
 # the end
 
 
+@pytest.mark.alone
 async def test_a_cancel_stops_the_traffic_and_what_is_here_can_be_gone_on_with(
     client, hub, services
 ):
@@ -229,6 +230,7 @@ async def test_a_busy_model_is_not_deleted(client, hub, services):
         answer.close()
 
 
+@pytest.mark.alone
 async def test_the_loop_goes_on_while_much_is_downloaded(client, hub, tmp_path):
     """Nothing that a download does holds up the daemon's own loop for 50 ms."""
     hub.add("owner/large", {"large.gguf": model(tmp_path, 400, 7)})
