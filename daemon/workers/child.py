@@ -45,6 +45,28 @@ async def _read_pipe(descriptor: int) -> tuple[asyncio.ReadTransport, asyncio.St
     return transport, stream
 
 
+class _Words(asyncio.StreamReader):
+    """What a child says. A reset of the connection is its end, and takes nothing that came before.
+
+    A child that ends without having read all that it was told makes one, and asyncio's own reader
+    then raises that at once.
+    """
+
+    def set_exception(self, exc: Exception) -> None:
+        if isinstance(exc, ConnectionError):
+            self.feed_eof()
+        else:
+            super().set_exception(exc)
+
+
+async def _open_channel(channel: socket.socket) -> tuple[_Words, asyncio.StreamWriter]:
+    loop = asyncio.get_running_loop()
+    reader = _Words(limit=wire.MAX_LINE_BYTES, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport, _ = await loop.create_connection(lambda: protocol, sock=channel)
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
 class Child:
     """A running child. Make one with `start`; whoever makes it must `stop` it or await `exited`."""
 
@@ -116,7 +138,7 @@ class Child:
         reading = None
         try:
             reading = await _read_pipe(output)
-            reader, writer = await asyncio.open_connection(sock=ours, limit=wire.MAX_LINE_BYTES)
+            reader, writer = await _open_channel(ours)
         except BaseException:
             process.kill()
             ours.close()
@@ -150,8 +172,6 @@ class Child:
         except (ValueError, wire.ProtocolError) as error:  # ValueError: a line over the limit
             self._signal(signal.SIGKILL)
             raise wire.ProtocolError(f"{self.name} broke the protocol: {error}") from error
-        except ConnectionError:
-            return
 
     @property
     def tail(self) -> str:

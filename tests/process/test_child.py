@@ -144,6 +144,14 @@ async def test_a_line_that_its_death_tore_is_dropped(start):
     assert await exit_status(child) == 7
 
 
+async def test_the_last_word_of_a_child_that_read_nothing_is_heard(start):
+    """Its end is a reset of the connection then, which must not take what came before it."""
+    child = await start("leaves_unread")
+    child.send(wire.Ping(id=1))
+    assert await exit_status(child) == 0
+    assert (await hear_all(child))[1:] == [wire.Pong(id=7)]
+
+
 @pytest.mark.parametrize("kind", ["text", "unknown", "incomplete", "binary", "nested"])
 async def test_a_line_that_is_no_message_kills_the_child_at_once(start, kind):
     child = await start("garbage", kind)
