@@ -67,9 +67,11 @@ def test_a_stream_is_the_answer_in_pieces(chat):
     assert whole.usage_metadata["output_tokens"] > 5
 
 
-async def test_answers_at_once(chat):
+async def test_answers_at_once(options):
+    """What runs beside it changes the rounding of quantized weights: these are float32."""
+    chat = ChatOpenAI(model="letters", temperature=0, max_tokens=24, **options)
     answers = await chat.abatch([QUESTION] * 4)
-    assert len({answer.content for answer in answers}) == 1
+    assert len({answer.content for answer in answers}) == 1 and len(answers[0].content) > 8
     pieces = [chunk.content async for chunk in chat.astream(QUESTION)]
     assert "".join(pieces) == answers[0].content
 

