@@ -43,7 +43,7 @@ demo: .venv/core
 	$(BIN)/python tests/demo.py
 
 test: .venv/full .venv/pieces node-modules
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff format --check daemon backends tests benchmarks
