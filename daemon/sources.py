@@ -12,6 +12,7 @@ from daemon.errors import InvalidRequest
 UNIQUE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
 _OWNER_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_WEB = ("https://", "http://")
 FORMS = (
     "hf:owner/repo[:quant|/file|/folder/][@revision], https://host/file.gguf[#sha256=…], "
     "/path/to/file.gguf, "
@@ -83,7 +84,8 @@ def _parse_hub(text: str) -> HubSource:
     rest, _, revision = text.removeprefix("hf:").partition("@")
     match = _OWNER_REPO.match(rest)
     if match is None or ("@" in text and not revision):
-        raise InvalidRequest(f"source {text!r} is not hf:owner/repo[:quant|/file][@revision]")
+        shown = public(text)
+        raise InvalidRequest(f"source {shown!r} is not hf:owner/repo[:quant|/file][@revision]")
     repo, tail = match.group(), rest[match.end() :]
     if tail.startswith("/"):
         return HubSource(repo=repo, file=_relative(tail[1:], text), revision=revision or "main")
@@ -96,6 +98,7 @@ def _parse_url(text: str) -> UrlSource:
     try:
         parts = urlsplit(text)
         named = bool(parts.hostname) and parts.port != 0
+        text = parts.scheme + text[len(parts.scheme) :]  # which may be in capitals
     except ValueError:
         named = False
     if not named:
@@ -115,7 +118,7 @@ def parse(text: str) -> Source:
     """Return the source that `text` names. Raises InvalidRequest with the forms that exist."""
     if text.startswith("hf:"):
         return _parse_hub(text)
-    if text.startswith(("https://", "http://")):
+    if text.lower().startswith(_WEB):
         return _parse_url(text)
     if text.startswith("/"):
         return PathSource(path=text)
@@ -128,7 +131,7 @@ def parse(text: str) -> Source:
             f"{text!r} can't be added: the models of an upstream are here once the settings have "
             "its [remote.NAME]"
         )
-    raise InvalidRequest(f"{text!r} is not a source; a source is {FORMS}")
+    raise InvalidRequest(f"{public(text)!r} is not a source; a source is {FORMS}")
 
 
 def parse_remote(text: str) -> RemoteSource:
@@ -141,12 +144,15 @@ def parse_remote(text: str) -> RemoteSource:
 
 def is_source(text: str) -> bool:
     """Say whether `text` means a source, well-formed or not, rather than a unique name."""
-    return text.startswith(("hf:", "https://", "http://", "package:", "remote:", "/"))
+    return text.lower().startswith(_WEB) or text.startswith(("hf:", "package:", "remote:", "/"))
 
 
 def public(text: str) -> str:
-    """Return a source as it may be shown: without the user, password and query of an address."""
-    if not text.startswith(("https://", "http://")):
+    """Return a source as it may be shown: without the user, password and query of an address.
+
+    Of one that is mistyped, too.
+    """
+    if "://" not in text or text.startswith("/"):
         return text
     scheme, _, rest = text.partition("://")
     host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -147,9 +148,9 @@ def discard(folder: Path, aside: Path) -> bool:
     folder of the same file system for what is being removed.
     """
     try:
-        lock = (folder / "lock").open("ab")
+        lock = (folder / "lock").open("r+b")  # a full disk has no room for one that is not there
     except FileNotFoundError:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_at_once(folder, aside)
         return True
     with lock:
         try:
@@ -162,10 +163,12 @@ def discard(folder: Path, aside: Path) -> bool:
 
 def remove_at_once(folder: Path, aside: Path) -> None:
     """Remove a folder that others may look into: it goes in one step."""
-    with contextlib.suppress(FileNotFoundError):
-        gone = Path(tempfile.mkdtemp(dir=aside))
-        folder.rename(gone / folder.name)
-        shutil.rmtree(gone, ignore_errors=True)
+    gone = aside / f"{folder.name}-{secrets.token_hex(8)}"
+    try:
+        folder.rename(gone)
+    except OSError:  # no room for another name, or no such folder
+        gone = folder
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _inodes(folder: Path) -> set[int]:

@@ -12,12 +12,20 @@ import pytest
 
 
 @contextlib.contextmanager
-def small_disk(path: Path, size_bytes: int) -> Iterator[Path]:
-    """A file system of its own with so much room."""
+def small_disk(path: Path, size_bytes: int, *, files: int = 0) -> Iterator[Path]:
+    """A file system of its own with so much room, and for so many files; 0 is no bound."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a file system")
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "modeld-test", str(path)]
+    mount = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size={size_bytes},nr_inodes={files}",
+        "modeld-test",
+        str(path),
+    ]
     if subprocess.run(mount, check=False).returncode != 0:
         pytest.skip("no file system can be mounted here")
     try:

@@ -138,7 +138,7 @@ class _Bar:
         self._name = name
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.completed:>3}%"),
             BarColumn(bar_width=None),
             TextColumn("{task.description}", markup=False),
             console=self._console,
@@ -159,12 +159,17 @@ class _Bar:
         if said and said != self._said:
             self._console.print(f"{self._name}: {said}", markup=False, highlight=False)
         self._said = said
-        self._progress.update(self._task, completed=job["percentage"], description=_amounts(job))
+        self._progress.update(self._task, completed=_percent(job), description=_amounts(job))
 
 
 def _words(job: dict[str, Any]) -> str:
     amounts = _amounts(job)
-    return f"{job['percentage']:.0f}% {job['state'] if amounts != job['state'] else ''} {amounts}"
+    return f"{_percent(job)}% {job['state'] if amounts != job['state'] else ''} {amounts}"
+
+
+def _percent(job: dict[str, Any]) -> int:
+    """How much is here; rounded, 99.9 would be 100."""
+    return int(job["percentage"])
 
 
 def _amounts(job: dict[str, Any]) -> str:
@@ -199,7 +204,7 @@ def list_downloads(arguments: Namespace, client: Client) -> None:
         (
             job["unique"],
             f"paused ({job['paused']})" if job["paused"] else job["state"],
-            f"{job['percentage']:.0f} %",
+            f"{_percent(job)} %",
             known(job["total_bytes"]),
             f"{size(job['bytes_per_s'])}/s" if job["bytes_per_s"] else "-",
             job["waiting"] or (job["error"] or {}).get("message") or job["note"] or "",

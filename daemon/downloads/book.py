@@ -100,7 +100,7 @@ class Book:
         job.state, job.error, job.error_code, job.ended = state, error, code, time.time()
         job.paused, job.waiting = Paused.NO, ""
         log.info("model=%s download=%s %s", job.unique, state, error)
-        if self.closing and state is JobState.CANCELED:
+        if job.why is JobState.QUEUED and state is JobState.CANCELED:
             self.keep(job)
         else:
             self._catalog.forget_download(job.model_id)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # With the first frame, the first one that shows movement and the one that ends it, this makes at
 # most five in any second.
 _PROGRESS_INTERVAL_S = 1 / 3
+_SILENCE_S = 1.0  # while nothing comes, too: what came last is told, and that the rate falls
 
 
 class Reporter:
@@ -80,6 +81,13 @@ class Reporter:
                 self.tell()
 
         return report
+
+    async def keep_telling(self) -> None:
+        """Say how it stands whenever that was not said for a while, until cancelled."""
+        while True:
+            await asyncio.sleep(_SILENCE_S)
+            if self._clock() - self._sent_at >= _SILENCE_S:
+                self.tell()
 
     def waiting(self, reason: str) -> None:
         """Say what it waits for, "" for nothing."""
@@ -202,6 +210,7 @@ class Download:
         except InsufficientDisk:
             self._report.tell()  # for what there must be room
             raise
+        telling = asyncio.create_task(self._report.keep_telling())  # ends with this loop
         hashes, partials = {}, []
         for file in sorted(located.files, key=lambda file: file.size_bytes or 0):
             listener = Listener(
@@ -212,6 +221,7 @@ class Download:
             brought = await bringer.bring(file, located.repo, listener)
             hashes[file.name] = brought.sha256
             partials += [brought.partial] if brought.partial else []
+        telling.cancel()
         try:
             fetched = self._finish(hashes, located.commit)
         except InvalidModelFile:  # another attempt would find the same

@@ -19,7 +19,7 @@ from daemon.downloads.network_errors import Unsteady, may_pass, told_to_wait_s
 from daemon.downloads.ranged import RemoteFile
 from daemon.downloads.selection import select
 from daemon.errors import DownloadFailed, InvalidRequest
-from daemon.sources import HubSource
+from daemon.sources import HubSource, public
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -61,7 +61,7 @@ class Hub:
     @property
     def host(self) -> str:
         """The hub's host, for messages."""
-        return urlsplit(self.endpoint).hostname or self.endpoint
+        return urlsplit(self.endpoint).hostname or public(self.endpoint)
 
     def resolve(self, source: HubSource) -> Resolved:
         """Ask the hub which files `source` means, and whether they may be read.
@@ -181,7 +181,8 @@ class Hub:
         return f"{self.host} answered HTTP {status} for {repo}"
 
     def _how_to_enter(self, repo: str) -> str:
-        advice = f"accept its licence at {self.endpoint}/{repo} and set HF_TOKEN to a token of the "
+        page = f"{public(self.endpoint)}/{repo}"
+        advice = f"accept its licence at {page} and set HF_TOKEN to a token of the "
         if self.token:
             return advice + "account that did (the present one is not let in)"
         return advice + "account that did (it is not set)"

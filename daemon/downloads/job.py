@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from msgspec import structs
+
 from daemon.downloads.messages import FileProgress, Progress
 from daemon.workers.child import Child
 
@@ -78,10 +80,11 @@ class Job:
     """One download of one model. Times are in seconds since the epoch.
 
     `owed` counts the clients that asked for it and have not opened a socket to hear of it since.
-    `why` is what ends its fetcher before its time, and `ending` is whether that is too late: what
-    it brought is being taken over. `began` is whether anything was ever here of it. `refusals`
-    counts how often in a row the disk had no room for it, and `not_before` is when to look again,
-    in seconds of time.monotonic; `falls` counts how often in a row its fetcher was killed.
+    `why` is what ends its fetcher before its time (QUEUED: this daemon ends), and `ending` is
+    whether that is too late: what it brought is being taken over. `began` is whether anything was
+    ever here of it. `refusals` counts how often in a row the disk had no room for it, and
+    `not_before` is when to look again, in seconds of time.monotonic; `falls` counts how often in a
+    row its fetcher was killed.
     `waiting` is what it waits for, in words, `note` what happened that a person should know.
     """
 
@@ -145,8 +148,17 @@ class Job:
             self.done_bytes = message.done_bytes
             self.refusals = self.falls = 0  # it gets on
         self.total_bytes = message.total_bytes
-        self.files, self.waiting = message.files, message.waiting
+        if message.files:  # or else it does not know yet which there are
+            before = {file.name: file.done_bytes for file in self.files}
+            self.files = tuple(_no_less(file, before.get(file.name, 0)) for file in message.files)
+        self.waiting = message.waiting
         self.note = message.note or self.note
         self.rate.see(self.done_bytes, time.monotonic())
         if message.verifying:
             self.state = JobState.VERIFYING
+
+
+def _no_less(file: FileProgress, done_bytes: int) -> FileProgress:
+    """Return how far a file is, which is no less than it was: an earlier fetcher had more of it."""
+    most = file.total_bytes or done_bytes
+    return structs.replace(file, done_bytes=max(file.done_bytes, min(done_bytes, most)))

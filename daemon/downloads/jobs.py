@@ -74,8 +74,7 @@ class Downloads:
         InvalidRequest for a model without a source or one that an upstream runs, Conflict while
         its files are being removed.
         """
-        if self._book.closing:
-            raise Stopping
+        self._still_open()
         if record.id in self._barred:
             raise Conflict(f"{record.unique} can't be downloaded now: its files are being removed")
         job = self._book.get(record.id)
@@ -96,7 +95,11 @@ class Downloads:
         return job
 
     async def pause(self, model_id: str) -> None:
-        """Have a download wait until it is resumed; what is here stays. Raises Conflict."""
+        """Have a download wait until it is resumed; what is here stays.
+
+        Raises Conflict if there is none, and Stopping.
+        """
+        self._still_open()
         job = self._book.active(model_id)
         if job.task is not None:
             await self._queue.interrupt(job, Paused.USER)
@@ -117,8 +120,10 @@ class Downloads:
     async def cancel(self, model_id: str, *, drop: bool = False) -> None:
         """End the model's download if there is one, and wait until it has ended.
 
-        What is here of its files stays for the next download, unless it is to be dropped.
+        What is here of its files stays for the next download, unless it is to be dropped. Raises
+        Stopping.
         """
+        self._still_open()
         job = self._book.get(model_id)
         if job is not None:
             await self._queue.interrupt(job, JobState.CANCELED)
@@ -144,8 +149,13 @@ class Downloads:
         self._book.closing = True
         self._queue.room.close()
         await asyncio.gather(
-            *(self._queue.interrupt(job, JobState.CANCELED) for job in self._book.all())
+            *(self._queue.interrupt(job, JobState.QUEUED) for job in self._book.all())
         )
+
+    def _still_open(self) -> None:
+        """Raise Stopping if what is asked for now would be forgotten."""
+        if self._book.closing:
+            raise Stopping
 
     def watch(self, model_id: str) -> AbstractContextManager[Watcher]:
         """Hear of this model's downloads, from the present state on."""

@@ -95,10 +95,14 @@ class Peek(wire.Message):
 
 
 class PeekedFile(msgspec.Struct, frozen=True):
-    """A file of a model that is somewhere else; `name` is relative to the model."""
+    """A file of a model that is somewhere else; `name` is relative to the model.
+
+    `key` is the name of its folder while it is unfinished, "" if it would have none.
+    """
 
     name: str
     size_bytes: int
+    key: str = ""
 
 
 class Peeked(wire.Message):

@@ -19,7 +19,10 @@ from yarl import URL
 from daemon.downloads.pace import Patience
 from daemon.errors import DownloadFailed
 
-_LATER = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may be others soon
+# Statuses that may be others soon. What a delivery network answers while it can't reach the server
+# behind it has no place in RFC 9110:
+# https://developers.cloudflare.com/support/troubleshooting/http-status-codes/cloudflare-5xx-errors/
+_LATER = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525)})
 _TOO_MUCH = frozenset({429, 503})
 _USED_UP = re.compile(r";\s*r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 
@@ -130,7 +133,9 @@ def explained(
             aiohttp.ClientHttpProxyError,
             aiohttp.InvalidURL,
         )
-        kind = DownloadFailed if isinstance(error, lasting) else Unsteady
+        # A proxy, too, may be overloaded, or not reach the server for a while.
+        passing = isinstance(error, aiohttp.ClientHttpProxyError) and may_pass(error.status)
+        kind = DownloadFailed if isinstance(error, lasting) and not passing else Unsteady
         raise kind(f"{name}: {reason}") from error
 
 

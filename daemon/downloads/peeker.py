@@ -48,6 +48,7 @@ def _look_afar(
     peek: Peek, source: sources.UrlSource | sources.HubSource, network: errand.Network
 ) -> Peeked:
     located = network.locate(source)
+    from daemon.downloads.bringing import key_of
     from daemon.downloads.reading import RemoteFiles
 
     hashes = {remote.name: remote.sha256 or "" for remote in located.files}
@@ -55,7 +56,8 @@ def _look_afar(
         readers = {remote.name: remote_files.open(remote) for remote in located.files}
         model = folder.read_from(readers, peek.architecture)
     files = {n: _file(n, reader.size_bytes, hashes[n]) for n, reader in readers.items()}
-    return _answer(model, files, revision=located.commit, license_name=located.license)
+    keys = {remote.name: key_of(remote) for remote in located.files}
+    return _answer(model, files, keys, revision=located.commit, license_name=located.license)
 
 
 def _file(name: str, size_bytes: int, sha256: str = "") -> ModelFile:
@@ -65,14 +67,16 @@ def _file(name: str, size_bytes: int, sha256: str = "") -> ModelFile:
 def _answer(
     model: folder.FolderModel,
     files: Mapping[str, ModelFile],
+    keys: Mapping[str, str] | None = None,
     *,
     revision: str = "",
     license_name: str = "",
 ) -> Peeked:
+    keys = keys or {}
     used = tuple(replace(files[name], role=role) for name, role in model.roles)
     return Peeked(
         artifact=model.describe(used),
-        files=tuple(PeekedFile(name=file.path, size_bytes=file.size_bytes) for file in used),
+        files=tuple(PeekedFile(f.path, f.size_bytes, keys.get(f.path, "")) for f in used),
         size_bytes=sum(file.size_bytes for file in used),
         revision=revision,
         license=license_name,

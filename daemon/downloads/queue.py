@@ -82,26 +82,40 @@ class Queue:
     async def interrupt(self, job: Job, why: JobState | Paused) -> None:
         """End the job's fetcher, if it has one, and wait until it is gone.
 
-        What it has brought already is taken over nonetheless.
+        What it has brought already is taken over nonetheless. `why` is how the job is to stand
+        then; QUEUED ends it for this daemon alone: the next one goes on with it.
         """
         task = job.task
         if task is None or task.done():
             return
         if job.why is None:
             job.why = why
-            if not job.ending:  # or else its taking over or cleaning would be cut short
+            # Before its first step it would not even end; while it ends, that would be cut short.
+            if job.state is not JobState.QUEUED and not job.ending:
                 task.cancel()
-        elif job.why is not JobState.CANCELED:
+        elif job.why is not JobState.CANCELED and not self._book.closing:
             job.why = why
         await asyncio.wait([task])
 
     async def _run(self, job: Job) -> None:
-        last: End | None = None  # None: it was interrupted
+        # None: it was interrupted, perhaps before this began
+        last = await self._fetch(job) if job.why is None else None
+        job.ending = True
+        # Before the end is told: the next download of this model uses the same folder.
+        await asyncio.to_thread(self._store.drop_work, job.model_id)
+        job.task = None
+        await self._settle(job, last)
+        job.why = None
+        self._share_bandwidth()
+        self.begin()
+
+    async def _fetch(self, job: Job) -> End | None:
+        """Run a job's fetcher; return its last word, None if it was interrupted."""
         try:
             record = self._catalog.get(job.model_id)
             job.state = JobState.RUNNING
             self._book.audience.tell(job)
-            last = await fetch(
+            return await fetch(
                 job,
                 self._order(job, record),
                 started=self._share_bandwidth,
@@ -109,13 +123,13 @@ class Queue:
             )
         except asyncio.CancelledError:
             await asyncio.to_thread(self._store.drop_model, job.model_id)
+            return None
         except Exception as error:  # whatever it was, the job must end and say so
             log.exception("model=%s download failed", job.unique)
-            last = wire.Error(code="download_failed", message=str(error))
-        job.ending = True
-        # Before the end is told: the next download of this model uses the same folder.
-        await asyncio.to_thread(self._store.drop_work, job.model_id)
-        job.task = None
+            return wire.Error(code="download_failed", message=str(error))
+
+    async def _settle(self, job: Job, last: End | None) -> None:
+        """Have a job stand as its fetcher's `last` word, or what ended that, says."""
         match last:
             case messages.Fetched():
                 await self._take_over(job, last)
@@ -131,9 +145,6 @@ class Queue:
                 self._book.end(job, JobState.FAILED, error=last.message, code=last.code)
             case Killed():
                 self._fallen(job, last)
-        job.why = None
-        self._share_bandwidth()
-        self.begin()
 
     def _order(self, job: Job, record: ModelRecord) -> messages.Fetch:
         return messages.Fetch(

@@ -103,11 +103,15 @@ def test_what_a_download_would_bring_is_told_before_it(far, hub):
 
 
 def test_pause_resume_cancel_and_clean(far, hub):
-    hub.faults = Faults(stall_at=2 * MIB)
+    size = far.json("POST", "/modeld/v1/estimate", {"source": f"hf:{REPO}"})["download"][
+        "size_bytes"
+    ]
+    hub.faults = Faults(stall_at=size - 3000)  # 99.9 %
     far.json("POST", "/modeld/v1/models", {"source": f"hf:{REPO}", "unique": "tiny"})
     far.json("POST", "/modeld/v1/models/tiny/download")
-    while not far.json("GET", "/modeld/v1/downloads/tiny")["done_bytes"]:
+    while far.json("GET", "/modeld/v1/downloads/tiny")["percentage"] < 99.5:
         time.sleep(0.05)
+    assert " 99 %" in far.command("downloads").stdout, "not all of it is here"
     assert far.command("pause", "tiny").returncode == 0
     assert "paused (user)" in far.command("downloads").stdout
     limited = far.command("downloads", "--limit", "5MB").stdout

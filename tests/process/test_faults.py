@@ -93,8 +93,9 @@ def assert_refused(outcome: Outcome, places: Places, code: str, *words: str) -> 
         (Faults(status=429, retry_after="1", times=1), "HTTP 429"),
         (Faults(status=503, retry_after="1", times=2), "HTTP 503"),
         (Faults(status=500, times=2), "HTTP 500"),
+        (Faults(status=522, times=2), "HTTP 522"),
     ],
-    ids=["reset", "stall", "429", "503", "500"],
+    ids=["reset", "stall", "429", "503", "500", "522"],
 )
 def test_what_passes_costs_no_byte_that_is_here(places, local_hub, content, faults, said, kind):
     local_hub.faults = replace(faults)
@@ -194,6 +195,13 @@ def test_what_never_began_leaves_nothing_to_clean_up(places, local_hub):
     local_hub.faults = Faults(status=404)
     assert_refused(download(places, local_hub), places, "download_failed", "HTTP 404")
     assert list(places.partials_dir.iterdir()) == []
+
+
+def test_an_address_of_an_empty_file_leaves_nothing_to_clean_up(places, local_hub):
+    local_hub.add("owner/empty", {"empty.gguf": b""})
+    outcome = fetch(places, f"{local_hub.url}/files/owner/empty/empty.gguf", endpoint=local_hub.url)
+    assert outcome.error.code in ("download_failed", "invalid_model_file")
+    assert places.stored() == [] and list(places.partials_dir.iterdir()) == []
 
 
 def test_wrong_bytes_once_are_fetched_again_and_it_is_said(places, local_hub, content):

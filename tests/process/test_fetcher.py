@@ -331,6 +331,16 @@ def test_a_gated_repository_says_how_to_enter(
     assert TOKEN not in text
 
 
+def test_a_mirror_s_password_is_not_told(places: Places, local_hub: LocalHub) -> None:
+    local_hub.faults.gated = 401
+    endpoint = local_hub.url.replace("://", "://me:s3cret@")
+
+    code, text = refused(places, endpoint)
+
+    assert code == "download_failed" and f"accept its licence at {local_hub.url}/{REPO}" in text
+    assert "s3cret" not in text
+
+
 def test_a_gated_repository_opens_to_its_token(
     places: Places, local_hub: LocalHub, content: bytes
 ) -> None:

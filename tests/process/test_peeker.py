@@ -139,7 +139,7 @@ async def test_what_the_hub_has_is_told_without_downloading_it(
     assert peeked.artifact.architecture == "llama"
     assert peeked.artifact.weights_bytes == 100 * MIB
     size = path.stat().st_size
-    assert (peeked.files, peeked.size_bytes) == ((PeekedFile(NAME, size),), size)
+    assert (peeked.files, peeked.size_bytes) == ((PeekedFile(NAME, size, sha256),), size)
     assert (peeked.revision, peeked.license) == (commit, "apache-2.0")
     assert local_hub.sent_bytes <= 1 * MIB
 

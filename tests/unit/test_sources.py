@@ -149,9 +149,24 @@ def test_a_long_name_is_cut_to_what_a_name_may_be():
         ("https://u:p@host:x/m.gguf?y", "https://host:x/m.gguf"),
         ("https://host", "https://host"),
         ("hf:a/b@main", "hf:a/b@main"),
+        ("HTTPS://u:p@host/m.gguf", "HTTPS://host/m.gguf"),
+        ("htps://u:p@host/m.gguf?sig=x", "htps://host/m.gguf"),
+        ("hf:https://u:p@host/a/b", "hf:https://host/a/b"),
         ("/home/me/m@home.gguf", "/home/me/m@home.gguf"),
         ("", ""),
     ],
 )
 def test_a_source_is_shown_without_its_credentials(text, shown):
     assert sources.public(text) == shown
+
+
+@pytest.mark.parametrize("scheme", ["htps", "ftp", "hf:https", "package:https", "HTTPS"])
+def test_a_refusal_shows_no_password(scheme):
+    with pytest.raises(InvalidRequest) as error:
+        sources.parse(f"{scheme}://me:s3cret@:0/m.gguf?sig=s3cret")
+    assert "s3cret" not in error.value.message and "m.gguf" in error.value.message
+
+
+def test_the_scheme_of_an_address_may_be_in_capitals():
+    assert sources.is_source("HTTPS://host/m.gguf")
+    assert sources.parse("HTTPS://host/M.gguf") == UrlSource(url="https://host/M.gguf")

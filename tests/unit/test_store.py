@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 
 from backends.contract import Artifact, ModelFile
 from daemon.downloads.unfinished import locked
@@ -325,3 +327,28 @@ def test_who_waits_for_an_unfinished_file_that_is_removed_begins_anew(tmp_path):
         remove_at_once(folder, tmp_path / "scratch")
     waiting.join(10)
     assert found == [False] and (folder / "data").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_a_disk_that_can_take_no_more_files_can_be_cleaned(tmp_path, has_lock):
+    with small_disk(tmp_path / "disk", 1024**2, files=24) as disk:
+        store = Store(disk)
+        folder = store.partials / ("c" * 64)
+        folder.mkdir()
+        for name in ("data", "journal", *(["lock"] if has_lock else [])):
+            (folder / name).touch()
+        with contextlib.suppress(OSError):
+            for number in range(64):
+                (disk / f"hog{number}").touch()
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "another").touch()
+        assert store.drop_partial(folder.name)
+        assert not folder.exists() and list((disk / "scratch").iterdir()) == []
+        (disk / "another").touch()
+
+
+def test_what_is_removed_goes_also_where_there_is_no_folder_aside(tmp_path):
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "data").touch()
+    remove_at_once(tmp_path / "partial", tmp_path / "none")
+    assert not (tmp_path / "partial").exists()

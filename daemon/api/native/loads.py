@@ -20,9 +20,11 @@ from daemon.catalog.database import now
 from daemon.catalog.record import ModelRecord
 from daemon.downloads.messages import Peeked
 from daemon.downloads.publish import DISK_MARGIN_BYTES
+from daemon.downloads.unfinished import missing_bytes
 from daemon.errors import BackendUnavailable, DownloadFailed, InvalidRequest, ModelNotFound
 from daemon.models.choice import Planned
 from daemon.sources import name_for, parse
+from daemon.store import Store
 
 Slots = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 
@@ -131,14 +133,26 @@ async def _estimate(parts: Services, record: ModelRecord, question: Question) ->
 async def _download_view(parts: Services, peeked: Peeked) -> dict[str, Any]:
     """Return what is shown of a download that might be. Sizes are in bytes."""
     disk = await asyncio.to_thread(shutil.disk_usage, parts.store.root)
+    missing = await asyncio.to_thread(_missing_bytes, parts.store, peeked)
     return {
         "size_bytes": peeked.size_bytes,
-        "files": [msgspec.structs.asdict(file) for file in peeked.files],
+        "files": [{"name": f.name, "size_bytes": f.size_bytes} for f in peeked.files],
         "license": peeked.license or None,
         "revision": peeked.revision or None,
         "disk_free_bytes": disk.free,
-        "fits_disk": disk.free >= peeked.size_bytes + DISK_MARGIN_BYTES,
+        "fits_disk": disk.free >= missing + DISK_MARGIN_BYTES,
     }
+
+
+def _missing_bytes(store: Store, peeked: Peeked) -> int:
+    """Return what the disk must have room for: the files, less what is here of them."""
+    missing = 0
+    for file in peeked.files:
+        if not file.key:
+            missing += file.size_bytes
+        elif not (store.blobs / file.key).exists():
+            missing += missing_bytes(store.partials / file.key, file.size_bytes)
+    return missing
 
 
 def _check_given(
