@@ -102,13 +102,15 @@ def reranker(folder: Path) -> Path:
     return _write_bert(folder / "reranker-f16.gguf", gguf.PoolingType.RANK)
 
 
-def tiny_llama(folder: Path, *, fim: bool = True) -> Path:
+def tiny_llama(folder: Path, *, fim: bool = True, tensors_a_file: int = 0) -> Path:
     """Write a random language model of 0.5 MB that says ASCII characters, `é` and `🦙`.
 
     Each token is a character, or a byte of one beyond ASCII. It never ends its turn by itself.
-    `fim` False leaves out the tokens for infilling.
+    `fim` False leaves out the tokens for infilling. `tensors_a_file` splits it, by the rules of
+    llama.cpp: the path is that of no file then, and those of its parts begin with its stem.
     """
-    writer = _writer(folder / f"tiny-llama{'-fim' if fim else ''}.gguf", "llama", "model")
+    path = folder / f"tiny-llama{'-fim' if fim else ''}.gguf"
+    writer = _writer(path, "llama", "model", tensors_a_file)
     writer.add_context_length(TINY_CONTEXT_LENGTH)
     writer.add_embedding_length(TINY_WIDTH)
     writer.add_block_count(TINY_LAYERS)
@@ -213,8 +215,8 @@ def _package(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _writer(path: Path, architecture: str, kind: str) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(path, architecture)
+def _writer(path: Path, architecture: str, kind: str, tensors_a_file: int = 0) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     writer.add_type(kind)
     writer.add_name(path.stem)
     return writer
