@@ -16,16 +16,22 @@ class Watcher:
     """What one client has yet to be told, oldest first.
 
     Progress that was not read yet is replaced by newer progress: a slow reader costs no memory.
+    Progress that is none is not told.
     """
 
     def __init__(self) -> None:
+        self._told: Update | None = None
         self._pending: list[Update] = []
         self._more = asyncio.Event()
 
     def tell(self, update: Update) -> None:
         """Add an update."""
-        if self._pending and self._is_progress(update) and self._is_progress(self._pending[-1]):
-            self._pending.pop()
+        if self._is_progress(update):
+            if update == self._told:
+                return
+            if self._pending and self._is_progress(self._pending[-1]):
+                self._pending.pop()
+        self._told = update
         self._pending.append(update)
         self._more.set()
 
