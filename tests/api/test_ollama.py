@@ -11,6 +11,7 @@ import pytest
 from gguf_files import Tensor, write_gguf
 from hub import Faults, LocalHub
 
+from daemon.api.ollama import pull
 from daemon.api.ollama.names import resolve, shown
 from daemon.config import Config, Downloads
 from daemon.errors import ModelNotFound
@@ -46,6 +47,13 @@ async def test_an_answer_comes_in_pieces_unless_it_is_asked_for_whole(client, ad
     generated = {"model": "tiny", "prompt": "one two", "stream": False}
     answer = await (await client.post("/api/generate", json=generated)).json()
     assert answer["response"] == "one two" and "message" not in answer
+
+
+async def test_clients_see_that_it_is_there(client):
+    for method in ("GET", "HEAD"):
+        response = await client.request(method, "/")
+        assert (response.status, response.content_type) == (200, "text/plain")
+        assert await response.text() == ("Ollama is running" if method == "GET" else "")
 
 
 async def test_a_generate_with_a_system_prompt_images_raw_and_suffix(client, add_model):
@@ -294,6 +302,22 @@ class TestPull:
         assert {each["status"] for each in pieces} == {f"pulling {file.sha256[:12]}"}
         again = await lines(await client.post("/api/pull", json=body))
         assert again[-1] == {"status": "success"} and len(services.catalog.all()) > 1
+
+    async def test_what_is_known_is_said_again_while_nothing_comes(
+        self, client, hub, services, monkeypatch
+    ):
+        monkeypatch.setattr(pull, "_SILENCE_S", 0.3)
+        hub.faults = Faults(stall_at=MIB)
+        told = []
+        async with asyncio.timeout(20):
+            async with client.post("/api/pull", json={"model": f"hf.co/{REPO}"}) as response:
+                while len(told) < 3:
+                    status = json.loads(await response.content.readline())
+                    told += [status["completed"]] if "completed" in status else []
+                    told = told if len(set(told)) == 1 else told[-1:]
+        assert 0 < told[0] <= MIB
+        (job,) = services.downloads.all()
+        await services.downloads.cancel(job.model_id)
 
     async def test_a_pull_as_a_whole_and_by_a_source(self, client, services):
         body = {"name": f"hf:{REPO}/tiny-model.Q8_0.gguf", "stream": False}

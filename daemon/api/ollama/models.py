@@ -40,11 +40,18 @@ _CAPABILITIES = {
 def routes() -> list[web.RouteDef]:
     """Return this module's routes."""
     return [
+        web.get("/", alive),
         web.get("/api/version", version),
         web.get("/api/tags", tags),
         web.get("/api/ps", running),
         web.post("/api/show", show),
     ]
+
+
+@operation(str)
+async def alive(_: web.Request) -> web.Response:
+    """Answer the words by which Ollama's clients see that its API is spoken here."""
+    return web.Response(text="Ollama is running")
 
 
 @operation(Version)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import time
 from collections.abc import AsyncIterator
 
 from aiohttp import web
@@ -81,11 +83,15 @@ async def _statuses(parts: Services, job: Job) -> AsyncIterator[Status]:
     end = parts.downloads.listen(lambda other: changed.set() if other is job else None)
     told: dict[str, int] = {}
     waiting = ""
+    spoke = time.monotonic()
     try:
         yield {"status": "pulling manifest"}
         while job.active:
             changed.clear()
+            if time.monotonic() - spoke >= _SILENCE_S:
+                told.clear()
             for status in _files(job, told):
+                spoke = time.monotonic()
                 yield status
             reason = job.error or job.waiting
             if reason and reason != waiting:
@@ -93,12 +99,10 @@ async def _statuses(parts: Services, job: Job) -> AsyncIterator[Status]:
             waiting = reason
             if not job.active:
                 break
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SILENCE_S):
                     await changed.wait()
                 await asyncio.sleep(_LOOK_S)
-            except TimeoutError:
-                told.clear()
     finally:
         end()
     if job.state is JobState.COMPLETED:
