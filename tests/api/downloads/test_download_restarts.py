@@ -9,6 +9,8 @@ from disks import small_disk
 from downloading import MIB, add, jobs, model, post, until
 from hub import Faults
 
+from daemon.downloads import room
+
 
 async def test_downloads_go_on_after_a_restart_by_themselves(start, hub, tmp_path):
     data_dir = tmp_path / "data"
@@ -100,7 +102,8 @@ async def test_what_is_left_of_a_model_goes_with_it_also_after_a_restart(start, 
     await start.end()
 
 
-async def test_a_disk_without_room_is_not_asked_again_and_again(start, hub, tmp_path):
+async def test_a_disk_without_room_is_not_asked_again_and_again(start, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "_LOOK_S", 0.5)
     big = model(tmp_path, 40, 9)
     hub.add("owner/big", {"big.gguf": big})
     with small_disk(tmp_path / "disk", 150 * MIB) as disk:
@@ -114,7 +117,7 @@ async def test_a_disk_without_room_is_not_asked_again_and_again(start, hub, tmp_
         found = await until(client, lambda now: now["big"]["paused"])
         assert found["big"]["paused"] == "disk" and hub.sent_bytes == 0
         asked = len(hub.requests)
-        await asyncio.sleep(12)
+        await asyncio.sleep(2)
         assert len(hub.requests) == asked, "it knows how much there must be"
         hog.unlink()
         await until(client, lambda now: now["big"]["state"] == "completed")
