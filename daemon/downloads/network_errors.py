@@ -6,6 +6,7 @@ Owns the messages alone: who asks and for what is `ranged`.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -81,7 +82,7 @@ def next_try(error: Unsteady, patience: Patience) -> tuple[float, str]:
     wait_s = patience.wait_s(error.after_s)
     if wait_s is None:
         raise DownloadFailed(error.message) from error
-    return wait_s, f"{error.message}; trying again in {wait_s:.0f} s"
+    return wait_s, f"{error.message}; trying again in {math.ceil(wait_s)} s"
 
 
 def told_to_wait_s(headers: Mapping[str, str]) -> float | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 
 from disks import small_disk
 from downloading import MIB, add, jobs, model, post, until
 from hub import Faults
 
 from daemon.downloads import room
+from daemon.downloads.publish import DISK_MARGIN_BYTES
 
 
 async def test_downloads_go_on_after_a_restart_by_themselves(start, hub, tmp_path):
@@ -121,4 +123,28 @@ async def test_a_disk_without_room_is_not_asked_again_and_again(start, hub, tmp_
         assert len(hub.requests) == asked, "it knows how much there must be"
         hog.unlink()
         await until(client, lambda now: now["big"]["state"] == "completed")
+        await start.end()
+
+
+async def test_what_is_here_of_a_download_needs_no_room_twice(start, hub, tmp_path):
+    hub.add("owner/begun", {"m.gguf": model(tmp_path, 20, 7)})
+    hub.add("owner/other", {"m.gguf": model(tmp_path, 20, 8)})
+    with small_disk(tmp_path / "disk", 120 * MIB) as disk:
+        client = await start(disk / "data")
+        hub.faults = Faults(stall_at=12 * MIB)
+        await post(client, "models", {"source": "hf:owner/begun", "unique": "begun"}, 201)
+        await post(client, "models/begun/download")
+        await until(client, lambda now: now["begun"]["done_bytes"] >= 7 * MIB)
+        await post(client, "models/begun/download/cancel")
+        hub.faults = Faults()
+        spare = shutil.disk_usage(disk).free - DISK_MARGIN_BYTES - 14 * MIB
+        (disk / "hog").write_bytes(bytes(spare))
+
+        async def fits(repo: str) -> bool:
+            answer = await post(client, "estimate", {"source": f"hf:{repo}"})
+            return bool(answer["download"]["fits_disk"])
+
+        assert await fits("owner/begun") and not await fits("owner/other")
+        await post(client, "models/begun/download")
+        await until(client, lambda now: now["begun"]["state"] == "completed")
         await start.end()
