@@ -15,18 +15,17 @@ from daemon.errors import Stopping
 MIB = 1024**2
 
 
-@pytest.fixture
-async def begun(client):
-    """A job whose task was made, and has not had its first step."""
-    await add(client, "a")
+def begin(client):
+    """Start the download of a model: its task is made, and has no step before the caller waits."""
     services = client.app[SERVICES]
     job = services.downloads.start(services.catalog.get("a"))
     assert job.task is not None and job.state is JobState.QUEUED
     return services.downloads, job
 
 
-async def test_who_pauses_before_the_first_step_is_heeded(client, begun, hub):
-    downloads, job = begun
+async def test_who_pauses_before_the_first_step_is_heeded(client, hub):
+    await add(client, "a")
+    downloads, job = begin(client)
     async with asyncio.timeout(10):
         await downloads.pause(job.model_id)
     assert (job.state, job.paused, job.task) == (JobState.QUEUED, Paused.USER, None)
@@ -35,8 +34,9 @@ async def test_who_pauses_before_the_first_step_is_heeded(client, begun, hub):
     await until(client, lambda now: now["a"]["state"] == "completed")
 
 
-async def test_who_cancels_before_the_first_step_is_heeded(client, begun, hub):
-    downloads, job = begun
+async def test_who_cancels_before_the_first_step_is_heeded(client, hub):
+    await add(client, "a")
+    downloads, job = begin(client)
     async with asyncio.timeout(10):
         await downloads.cancel(job.model_id)
     assert (job.state, job.task) == (JobState.CANCELED, None)
@@ -45,16 +45,16 @@ async def test_who_cancels_before_the_first_step_is_heeded(client, begun, hub):
     await until(client, lambda now: now["a"]["state"] == "completed")
 
 
-async def test_who_resumes_before_the_first_step_is_heeded(client, begun):
-    downloads, job = begun
-    pausing = asyncio.create_task(downloads.pause(job.model_id))
-    while job.why is None:
-        await asyncio.sleep(0)
+async def test_who_resumes_before_the_first_step_is_heeded(client):
+    await add(client, "a")
+    downloads, job = begin(client)
+    pausing = downloads.pause(job.model_id)
+    pausing.send(None)  # as far as it gets without the loop
+    assert job.why is Paused.USER
     downloads.resume(job.model_id)
-    async with asyncio.timeout(10):
-        await pausing
     found = await until(client, lambda now: now["a"]["state"] == "completed")
     assert found["a"]["paused"] is None
+    pausing.close()
 
 
 @pytest.mark.parametrize("how", ["pause", "cancel"])
