@@ -9,13 +9,21 @@ from __future__ import annotations
 import os
 import re
 import socket
+import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from daemon import __version__
 from daemon.artifacts.folder import relative_name
-from daemon.downloads.network_errors import Unsteady, may_pass, told_to_wait_s
+from daemon.downloads.network_errors import (
+    Unsteady,
+    may_pass,
+    proxy_for,
+    told_to_wait_s,
+    wants_credentials,
+)
 from daemon.downloads.ranged import RemoteFile
 from daemon.downloads.selection import select
 from daemon.errors import DownloadFailed, InvalidRequest
@@ -95,7 +103,7 @@ class Hub:
         except HFValidationError as error:
             raise InvalidRequest(f"{source.repo!r} is no name of a repository: {error}") from error
         except HTTPError as error:
-            raise Unsteady(_unreachable(error, self.host, self.timeout_s)) from error
+            raise self._unreachable(error) from error
         except (ValueError, KeyError, TypeError) as error:
             raise DownloadFailed(
                 f"{self.host} does not answer like a Hugging Face hub ({type(error).__name__})"
@@ -176,9 +184,32 @@ class Hub:
             return (
                 f"{self.host} refuses access to {repo} (HTTP {status}): {self._how_to_enter(repo)}"
             )
+        if status == 407:
+            return f"{repo}: {wants_credentials(self.endpoint)}"
         if status == 429:
             return f"{self.host} limits how often it is asked: try again later"
         return f"{self.host} answered HTTP {status} for {repo}"
+
+    def _unreachable(self, error: Exception) -> DownloadFailed:
+        """Return why the hub could not be asked; the library says it in an exception's cause."""
+        proxy, causes = proxy_for(self.endpoint), [error, *_causes(error)]
+        for cause in causes:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return DownloadFailed(f"no trusted TLS connection to {self.host} ({cause})")
+        if type(error).__name__ == "ProxyError":  # its text is the proxy's answer
+            status = str(error)[:3]
+            if status == "407":
+                return DownloadFailed(wants_credentials(self.endpoint))
+            text = f"the proxy {proxy} refused: HTTP {error}"
+            passes = status.isdecimal() and may_pass(int(status))
+            return Unsteady(text) if passes else DownloadFailed(text)
+        if proxy and type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+            return Unsteady(f"the proxy {proxy} does not answer ({error})")
+        if "Timeout" in type(error).__name__:
+            return Unsteady(f"{self.host} did not answer within {self.timeout_s:g} s")
+        if any(isinstance(cause, socket.gaierror) for cause in causes):
+            return Unsteady(f"the host {self.host} is not known; is this computer online?")
+        return Unsteady(f"cannot reach {self.host} ({error or type(error).__name__})")
 
     def _how_to_enter(self, repo: str) -> str:
         page = f"{public(self.endpoint)}/{repo}"
@@ -186,6 +217,13 @@ class Hub:
         if self.token:
             return advice + "account that did (the present one is not let in)"
         return advice + "account that did (it is not set)"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _size(listed: RepoSibling) -> int | None:
@@ -220,15 +258,3 @@ def _license(info: ModelInfo) -> str:
         if isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LICENSE_CHARS:
             return name
     return ""
-
-
-def _unreachable(error: Exception, host: str, timeout_s: float) -> str:
-    """Return why the hub could not be asked; the library says it in an exception's cause."""
-    if "Timeout" in type(error).__name__:
-        return f"{host} did not answer within {timeout_s:g} s"
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, socket.gaierror):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        return f"the host {host} is not known; is this computer online?"
-    return f"cannot reach {host} ({error or type(error).__name__})"

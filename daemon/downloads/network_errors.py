@@ -10,9 +10,11 @@ import math
 import os
 import re
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 import aiohttp
 from yarl import URL
@@ -85,6 +87,27 @@ def next_try(error: Unsteady, patience: Patience) -> tuple[float, str]:
     return wait_s, f"{error.message}; trying again in {math.ceil(wait_s)} s"
 
 
+def proxy_for(url: str) -> str:
+    """Return the host and port of the proxy that is asked for `url`, "" if none is.
+
+    Without its credentials: this is for messages.
+    """
+    asked = urlsplit(url)
+    address = urllib.request.getproxies().get(asked.scheme, "")
+    if not address or urllib.request.proxy_bypass(asked.hostname or ""):
+        return ""
+    proxy = urlsplit(address if "://" in address else f"http://{address}")
+    return f"{proxy.hostname}:{proxy.port or 80}"
+
+
+def wants_credentials(url: str) -> str:
+    """Return what the HTTP status 407 means for whoever asked for `url`."""
+    return (
+        f"the proxy {proxy_for(url)} wants a user and a password, or others (HTTP 407): set them "
+        f"in {urlsplit(url).scheme.upper()}_PROXY, as http://USER:PASSWORD@HOST:PORT"
+    )
+
+
 def told_to_wait_s(headers: Mapping[str, str]) -> float | None:
     """Return after how many seconds a server that refused wants to be asked again, if it says so.
 
@@ -109,6 +132,8 @@ def _meaning(response: aiohttp.ClientResponse, name: str) -> str:
     match response.status:
         case 401 | 403:
             return f"{said}: it may be read only by those whom its owner allows to"
+        case 407:
+            return f"{name}: {wants_credentials(str(response.url))}"
         case 429:
             return f"{said}: it limits how often it is asked; try again later"
         case 416:
@@ -127,7 +152,7 @@ def explained(
     try:
         yield
     except (aiohttp.ClientError, TimeoutError) as error:
-        reason = _reason(error, str(URL(url).host), timeout, where)
+        reason = _reason(error, url, timeout, where)
         lasting = (
             aiohttp.ClientConnectorCertificateError,
             aiohttp.ClientSSLError,
@@ -140,7 +165,8 @@ def explained(
         raise kind(f"{name}: {reason}") from error
 
 
-def _reason(error: Exception, host: str, timeout: aiohttp.ClientTimeout, where: Position) -> str:
+def _reason(error: Exception, url: str, timeout: aiohttp.ClientTimeout, where: Position) -> str:
+    host = URL(url).host
     match error:
         case aiohttp.ClientConnectorDNSError():
             text = f"the host {error.host} is not known; is this computer online?"
@@ -151,8 +177,10 @@ def _reason(error: Exception, host: str, timeout: aiohttp.ClientTimeout, where: 
         case aiohttp.ClientConnectorError():
             reason = os.strerror(error.os_error.errno or 0)
             text = f"cannot connect to {error.host}:{error.port} ({reason})"
+        case aiohttp.ClientHttpProxyError(status=407):
+            text = wants_credentials(url)
         case aiohttp.ClientHttpProxyError():
-            text = f"the proxy refused: HTTP {error.status} {error.message}"
+            text = f"the proxy {proxy_for(url)} refused: HTTP {error.status} {error.message}"
         case aiohttp.ConnectionTimeoutError():
             text = f"{host} took no connection within {timeout.connect:g} s"
         case TimeoutError():
