@@ -142,26 +142,29 @@ class Chats:
         self._db.execute("DELETE FROM chats WHERE id = ?", (chat_id,))
         self._notify(chat_id, deleted=True)
 
-    def say(self, chat_id: str, role: str, text: str, model: str) -> None:
+    def say(self, chat_id: str, role: str, text: str, model: str) -> ChatMessage | None:
         """Add to a conversation what somebody said; one that was deleted meanwhile stays so.
 
-        Never raises for a full disk: the answer is worth more than its record.
+        Never raises for a full disk: the answer is worth more than its record. None: it could not
+        be kept.
         """
         now = _now()
+        said = ChatMessage(id=str(uuid.uuid4()), chat=chat_id, role=role, text=text, created=now)
         try:
             self._db.execute(
                 "INSERT INTO messages (id, chat, role, text, created) VALUES (?, ?, ?, ?, ?)",
-                (str(uuid.uuid4()), chat_id, role, text, now),
+                (said.id, chat_id, role, text, now),
             )
             self._db.execute(
                 "UPDATE chats SET updated = ?, model = ? WHERE id = ?", (now, model, chat_id)
             )
         except sqlite3.IntegrityError:  # it was deleted
-            return
+            return None
         except sqlite3.Error as error:
             log.warning("a message of a conversation could not be kept: %s", error)
-            return
+            return None
         self._notify(chat_id)
+        return said
 
     def messages(self, chat_id: str) -> list[ChatMessage]:
         """Return what was said in a conversation, in its order."""

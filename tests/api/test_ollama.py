@@ -300,6 +300,9 @@ class TestPull:
         assert len(set(done)) > 3
         assert {each["digest"] for each in pieces} == {f"sha256:{file.sha256}"}
         assert {each["status"] for each in pieces} == {f"pulling {file.sha256[:12]}"}
+        for name in (body["model"], f"hf.co/{REPO}:q8_0:latest", f"hf:{REPO}:Q8_0"):
+            response = await client.post("/api/show", json={"model": name})
+            assert response.status == 200, "it has the name that it was pulled by"
         again = await lines(await client.post("/api/pull", json=body))
         assert again[-1] == {"status": "success"} and len(services.catalog.all()) > 1
 

@@ -100,6 +100,19 @@ async def test_a_turn_of_a_conversation_that_was_deleted_while_it_waited_fails(c
     assert (await client.get(f"/conversation/{key}")).status == 410
 
 
+async def test_a_question_that_failed_is_no_part_of_the_next_one(client, add_model, services):
+    await add_model("tiny", tokenizer_chat_template="x")
+    key = await conversation(client)
+    async with client.ws_connect("/qgpt/stream") as socket:
+        await socket.send_json(relevance("!error one", conversation=key, request="fails"))
+        assert await ends(socket, 1) == [("fails", "FAILED")]
+        assert services.chats.messages(key) == []
+        await socket.send_json(relevance("hello", conversation=key, request="next"))
+        assert await ends(socket, 1) == [("next", "COMPLETED")]
+    kept = [(message.role, message.text) for message in services.chats.messages(key)]
+    assert kept == [("user", "hello"), ("assistant", "hello")]
+
+
 async def test_a_question_that_cannot_be_kept_is_answered(client, add_model, services):
     await add_model("tiny", tokenizer_chat_template="x")
     key = await conversation(client)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from aiohttp import web
 
 from daemon.api.context import asked_model, services
@@ -10,6 +12,7 @@ from daemon.catalog.record import ModelRecord
 from daemon.errors import ModelNotFound
 
 _LATEST = ":latest"
+_HUB = re.compile(r"(?:https?://)?(?:hf\.co|huggingface\.co)/([\w.-]+/[\w.-]+)(:[\w.-]+)?")
 
 
 def shown(unique: str) -> str:
@@ -17,15 +20,26 @@ def shown(unique: str) -> str:
     return unique if ":" in unique else unique + _LATEST
 
 
+def source_of(name: str) -> str:
+    """Return a name; that of a hub, such as hf.co/owner/repo:Q4_K_M, as a source. Pure."""
+    if match := _HUB.fullmatch(name.removesuffix(_LATEST)):
+        return f"hf:{match[1]}{match[2] or ''}"
+    return name
+
+
 def resolve(catalog: Catalog, name: str) -> ModelRecord:
     """Return the model of this name, with or without `:latest`.
 
     A name without a tag also means the one model of that name which is downloaded, whatever its
-    tag. Raises ModelNotFound.
+    tag; and what was pulled by its source has that for a name too. Raises ModelNotFound.
     """
     found = catalog.find(name) or catalog.find(name.removesuffix(_LATEST))
     if found is not None:
         return found
+    source = source_of(name)
+    for each in catalog.all():
+        if each.source and each.source.lower() == source.lower():
+            return each
     bare = name.removesuffix(_LATEST).lower()
     tagged = [each for each in catalog.all() if each.unique.lower().partition(":")[0] == bare]
     here = [each for each in tagged if each.downloaded]

@@ -14,7 +14,7 @@ from daemon.api.adding import new_model
 from daemon.api.context import Services, services
 from daemon.api.errors import read_json
 from daemon.api.ollama.answers import Status
-from daemon.api.ollama.names import resolve
+from daemon.api.ollama.names import resolve, source_of
 from daemon.api.ollama.types import PullBody
 from daemon.api.operation import NDJSON, NO_MODEL, operation
 from daemon.api.streams import LineStream
@@ -23,7 +23,6 @@ from daemon.downloads.job import Job, JobState
 from daemon.errors import Conflict, DownloadFailed, ModelNotFound
 from daemon.sources import is_source, name_for, parse
 
-_HUB = re.compile(r"(?:https?://)?(?:hf\.co|huggingface\.co)/([\w.-]+/[\w.-]+)(:[\w.-]+)?")
 _LOOK_S = 0.1  # ten lines a second of one file are enough
 _SILENCE_S = 5.0  # after which what is known is said again
 
@@ -59,9 +58,7 @@ async def pull(request: web.Request) -> web.StreamResponse:
 
 def _record(parts: Services, name: str) -> ModelRecord:
     """Return the model that is to be pulled; what names a source is added. Raises ModelNotFound."""
-    source = name
-    if match := _HUB.fullmatch(name.removesuffix(":latest")):
-        source = f"hf:{match[1]}{match[2] or ''}"
+    source = source_of(name)
     if is_source(source):
         unique = name_for(parse(source))
         known = parts.catalog.find(unique)

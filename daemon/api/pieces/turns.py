@@ -161,7 +161,7 @@ class Turns:
             text = prompt(question)
             history = [{"role": m.role, "content": m.text} for m in chats.messages(chat.id)]
             record = aliases.chosen(self._request, question.model)
-            chats.say(chat.id, "user", text, record.id)
+            question_kept = chats.say(chat.id, "user", text, record.id)
             said: list[str] = []
             try:
                 history.append({"role": "user", "content": text})
@@ -169,6 +169,9 @@ class Turns:
             finally:
                 if said:  # what was said is kept, also if that is not all
                     chats.say(chat.id, "assistant", "".join(said), record.id)
+                elif question_kept and chats.get(chat.id):
+                    # Without an answer it would become a part of the next question.
+                    chats.unsay(question_kept)
 
     async def _generate(
         self,
