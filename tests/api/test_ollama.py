@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from gguf_files import Tensor, write_gguf
 from hub import Faults, LocalHub
 
+from backends.contract import Delta, Done, ToolCall
 from daemon.api.ollama import pull
 from daemon.api.ollama.names import resolve, shown
+from daemon.api.ollama.views import ChatView
 from daemon.config import Config, Downloads
 from daemon.errors import ModelNotFound
 
@@ -146,7 +148,8 @@ async def test_nothing_to_say_loads_or_unloads_the_model(client, add_model):
         (running,) = (await (await client.get("/api/ps")).json())["models"]
         assert running["name"] == "tiny:latest" and running["size"] > 0
         assert re.fullmatch(r"[0-9a-f]{64}", running["digest"])
-        assert datetime.fromisoformat(running["expires_at"])
+        stays = datetime.fromisoformat(running["expires_at"]) - datetime.now(UTC)
+        assert timedelta(minutes=4) < stays <= timedelta(minutes=5), "it leaves by itself"
         gone = {"model": "tiny", "keep_alive": 0} | nothing
         unloaded = await (await client.post(path, json=gone)).json()
         assert unloaded["done_reason"] == "unload"
@@ -183,11 +186,15 @@ async def test_what_is_known_of_a_model_is_shown(client, add_model):
     assert known["model_info"]["llama.context_length"] == 2048
     assert {"completion", "embedding", "vision"} <= set(known["capabilities"])
     assert known["details"]["family"] == "llama"
-    absent = {"name": "smollm2:135m-instruct-q4_1"}
-    known = await (await client.post("/api/show", json=absent)).json()
-    assert known["capabilities"][0] == "completion" and "Apache" in known["license"].title()
     for body, status in (({}, 400), ({"model": "nobody"}, 404)):
         assert (await client.post("/api/show", json=body)).status == status
+
+
+async def test_a_model_that_is_not_here_is_not_found_so_that_clients_pull_it(client):
+    absent = {"name": "smollm2:135m-instruct-q4_1"}
+    for method, path in (("POST", "/api/show"), ("DELETE", "/api/delete")):
+        refused = await client.request(method, path, json=absent)
+        assert refused.status == 404 and "not found" in (await refused.json())["error"]
 
 
 async def test_a_copy_and_its_original_are_removed_apart(client, add_model, services):
@@ -359,3 +366,20 @@ class TestPull:
         await services.downloads.cancel(job.model_id)
         told = [json.loads(line) async for line in response.content]
         assert "canceled" in told[-1]["error"]
+
+
+def test_a_call_that_the_limit_cut_short_is_left_out_and_the_text_is_not():
+    whole, cut = (
+        ToolCall(index=index, id=str(index), name="look", arguments=arguments)
+        for index, arguments in enumerate(('{"city": "Paris"}', '{"ci'))
+    )
+    done = Done(finish_reason="length")
+    said = Delta(content="Let me look.", tool_calls=(whole, cut))
+    answer = ChatView("tiny", thinks=True).whole([(said, done)])
+    assert answer["message"]["content"] == "Let me look." and answer["done_reason"] == "length"
+    assert [call["id"] for call in answer["message"]["tool_calls"]] == ["0"]
+    view = ChatView("tiny", thinks=True)
+    view.piece(said, 0)
+    *_, calls, last = view.end(done, 0)
+    assert [call["id"] for call in calls["message"]["tool_calls"]] == ["0"]
+    assert last["done"] and last["done_reason"] == "length"

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from daemon.api.context import services
 from daemon.api.errors import read_json
-from daemon.api.ollama.names import named
+from daemon.api.ollama.names import here, named
 from daemon.api.ollama.types import CopyBody, NameBody
 from daemon.api.operation import NO_MODEL, operation
 from daemon.catalog.database import check_unique, now
@@ -38,7 +38,7 @@ async def delete(request: web.Request) -> web.Response:
     if record.custom:
         await parts.delete_model(record)
     else:
-        await parts.delete_files(record)
+        await parts.delete_files(here(record))
     return web.Response()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aiohttp import web
 
 from daemon.api.context import services
@@ -14,6 +16,8 @@ from daemon.api.ollama.views import ChatView, GenerateView
 from daemon.api.operation import NDJSON, WORK, operation
 from daemon.api.streams import LineStream
 from daemon.catalog.record import ModelRecord
+from daemon.config import parse_duration
+from daemon.models import Terms
 
 
 def routes() -> list[web.RouteDef]:
@@ -60,13 +64,22 @@ async def generate(request: web.Request) -> web.StreamResponse:
     return await _answered(request, record, body, body.to_backend(), view)
 
 
+def for_loading(request: web.Request, record: ModelRecord, terms: Terms) -> Terms:
+    """Return the terms of a load that is not to stay for ever: Ollama's leaves after a while."""
+    if terms.keep_alive_s is not None:
+        return terms
+    kept = parse_duration(record.keep_alive, "keep_alive") if record.keep_alive else None
+    settings = services(request).config.models
+    return replace(terms, keep_alive_s=settings.keep_alive_s() if kept is None else kept)
+
+
 async def _moved(request: web.Request, record: ModelRecord, body: Generating) -> str:
     """Load the model, or unload it, and say which."""
     models = services(request).models
     if body.unloads:
         await models.unload(record.id)
         return "unload"
-    await models.load(record, body.terms(record))
+    await models.load(record, for_loading(request, record, body.terms(record)))
     return "load"
 
 

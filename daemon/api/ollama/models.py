@@ -20,7 +20,7 @@ from daemon.api.ollama.answers import (
     Version,
     timestamp,
 )
-from daemon.api.ollama.names import named, shown
+from daemon.api.ollama.names import here, named, shown
 from daemon.api.ollama.types import ShowBody
 from daemon.api.operation import NO_MODEL, operation
 from daemon.catalog.record import ModelRecord
@@ -100,9 +100,9 @@ async def running(request: web.Request) -> web.Response:
 
 @operation(Shown, body=ShowBody, errors=NO_MODEL)
 async def show(request: web.Request) -> web.Response:
-    """Show what is known of a model, also of one that is not downloaded."""
+    """Show what is known of a model that is here: what is shown can answer, to its clients."""
     body = await read_json(request, ShowBody)
-    record = named(request, body.asked)
+    record = here(named(request, body.asked))
     artifact = record.artifact
     template = record.chat_template or (artifact.chat_template if artifact else "")
     tasks: tuple[Task, ...] = ()

@@ -9,7 +9,7 @@ from aiohttp import web
 from daemon.api.context import asked_model, services
 from daemon.catalog.database import Catalog
 from daemon.catalog.record import ModelRecord
-from daemon.errors import ModelNotFound
+from daemon.errors import ModelNotDownloaded, ModelNotFound
 
 _LATEST = ":latest"
 _HUB = re.compile(r"(?:https?://)?(?:hf\.co|huggingface\.co)/([\w.-]+/[\w.-]+)(:[\w.-]+)?")
@@ -54,3 +54,12 @@ def resolve(catalog: Catalog, name: str) -> ModelRecord:
 def named(request: web.Request, name: str) -> ModelRecord:
     """Return the model that a request names. See asked_model. Raises ModelNotFound."""
     return asked_model(request, resolve(services(request).catalog, name).id)
+
+
+def here(record: ModelRecord) -> ModelRecord:
+    """Return the model. Raises ModelNotDownloaded: at that, Ollama's clients pull it."""
+    if not record.downloaded:
+        raise ModelNotDownloaded(
+            f"model {record.unique!r} not found: it is not downloaded; pull it first"
+        )
+    return record

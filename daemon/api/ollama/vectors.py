@@ -11,6 +11,7 @@ from backends.contract import EmbedRequest
 from daemon.api.context import services
 from daemon.api.errors import read_json
 from daemon.api.ollama.answers import EmbedAnswer, EmbeddingsAnswer
+from daemon.api.ollama.chat import for_loading
 from daemon.api.ollama.names import named
 from daemon.api.ollama.types import EmbedBody, EmbeddingsBody
 from daemon.api.openai.vectors import numbers
@@ -42,7 +43,7 @@ async def embed(request: web.Request) -> web.Response:
         answer["embeddings"] = [numbers(vector) for vector in found.vectors]
         answer["prompt_eval_count"] = found.usage.prompt_tokens
     else:
-        await models.load(record, body.terms(record))
+        await models.load(record, for_loading(request, record, body.terms(record)))
     answer["total_duration"] = int((time.monotonic() - began) * 1e9)
     return web.Response(body=msgspec.json.encode(answer), content_type=JSON)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from backends.contract import Delta, Done, TokenLogprob, ToolCall
@@ -82,7 +83,7 @@ class _View:
 
     def end(self, done: Done, _: int, /) -> list[Piece]:
         """See View."""
-        calls = joined(self._calls).tool_calls
+        calls = _uncut(joined(self._calls).tool_calls, done)
         shown: list[Piece] = [self._object(Delta(tool_calls=calls))] if calls else []
         return [*shown, self._object(Delta(), done=done)]
 
@@ -97,7 +98,7 @@ class _View:
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> Piece:
         """See View."""
         ((said, done),) = answers
-        return self._object(said, done=done)
+        return self._object(replace(said, tool_calls=_uncut(said.tool_calls, done)), done=done)
 
 
 class ChatView(_View):
@@ -118,6 +119,16 @@ class GenerateView(_View):
     def _said(self, delta: Delta) -> dict[str, Any]:
         thinking = {"thinking": delta.reasoning} if delta.reasoning and self._thinks else {}
         return {"response": delta.content, **thinking}
+
+
+def _uncut(calls: tuple[ToolCall, ...], done: Done) -> tuple[ToolCall, ...]:
+    """Return the calls without one that the answer's limit has cut short: nobody could make it."""
+    if done.finish_reason == "length" and calls:
+        try:
+            json.loads(calls[-1].arguments or "{}")
+        except ValueError:
+            return calls[:-1]
+    return calls
 
 
 def _call(call: ToolCall) -> Call:
