@@ -49,8 +49,8 @@ class View(Protocol):
         """Return what comes once all choices have ended; `dones` are in their order."""
         ...
 
-    def failure(self, error: ModeldError, /) -> Piece:
-        """Return what tells of an error after the stream has begun."""
+    def failure(self, error: ModeldError, /) -> Sequence[Piece]:
+        """Return what tells of an error once the headers are out, perhaps before `begin`."""
         ...
 
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> Piece:
@@ -153,23 +153,20 @@ async def _stream(
                 shown = view.end(piece, choice)
             else:
                 shown = view.piece(piece, choice)
-            for data in shown:
-                await stream.send(data)
+            await stream.send(*shown)
 
         try:
             first, coming = await stream.first(begin())
-            for data in view.begin():
-                await stream.send(data)
+            await stream.send(*view.begin())
             await show(*first)
             async for choice, piece in coming:
                 await show(choice, piece)
-            for data in view.last(_all_of(dones, asked)):
-                await stream.send(data)
+            await stream.send(*view.last(_all_of(dones, asked)))
             await stream.done()
         except ModeldError as error:
             if not stream.begun:
                 raise
-            await stream.send(view.failure(error))
+            await stream.send(*view.failure(error))
     return stream.response
 
 

@@ -53,9 +53,10 @@ class Stream:
         """Return one piece as it is sent."""
         raise NotImplementedError
 
-    async def send(self, data: Mapping[str, Any]) -> None:
-        """Send one piece."""
-        await self.write(self.encode(data))
+    async def send(self, *pieces: Mapping[str, Any]) -> None:
+        """Send pieces, one after the other."""
+        for data in pieces:
+            await self.write(self.encode(data))
 
     async def done(self) -> None:
         """Send what ends a stream that went well."""

@@ -7,7 +7,10 @@ import base64
 import json
 import struct
 
+import msgspec
 import pytest
+
+from daemon.api.openai.types import ChatBody
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -370,3 +373,10 @@ async def test_options_that_no_backend_has_are_refused_by_name(client, tmp_path)
     status, answer = await post(client, "/modeld/v1/models", body)
     assert status == 400 and answer["error"]["param"] == "options"
     assert "no option 'n_gpu'" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, True), (True, True), (False, False)])
+def test_several_calls_at_once_may_come_unless_somebody_says_otherwise(given, wanted):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    body |= {} if given is None else {"parallel_tool_calls": given}
+    assert msgspec.convert(body, ChatBody).to_backend().parallel_tool_calls is wanted

@@ -5,7 +5,13 @@ from __future__ import annotations
 import ast
 import json
 
+import msgspec
 import pytest
+
+from backends.contract import Delta
+from daemon.api.openai.responses.shown import ResponseView
+from daemon.api.openai.responses.types import ResponseBody
+from daemon.errors import EngineError
 
 PATH = "/v1/responses"
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": True}
@@ -340,3 +346,23 @@ async def test_what_is_wrong_or_cannot_be_done_is_named(client, fields, param):
     status, answer = await post(client, ask(**fields))
     assert status == 400 and answer["error"]["param"] == param, answer
     assert param in answer["error"]["message"]
+
+
+def test_what_fails_before_its_first_word_was_created_nonetheless():
+    """As after a long wait for a load: clients know no response that was not created."""
+    body = msgspec.convert(ask(), ResponseBody)
+    events = ResponseView("tiny", body).failure(EngineError("no"))
+    kinds = ["response.created", "response.in_progress", "response.failed"]
+    assert [event["type"] for event in events] == kinds
+    assert [event["sequence_number"] for event in events] == [0, 1, 2]
+
+
+def test_what_was_said_before_a_failure_stays_in_the_response():
+    view = ResponseView("tiny", msgspec.convert(ask(), ResponseBody))
+    view.begin()
+    view.piece(Delta(content="one"), 0)
+    *_, done, failed = view.failure(EngineError("no"))
+    assert done["type"] == "response.output_item.done" and done["item"]["status"] == "incomplete"
+    assert failed["response"]["status"] == "failed"
+    (item,) = failed["response"]["output"]
+    assert item["content"][0]["text"] == "one"

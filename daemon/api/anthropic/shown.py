@@ -219,9 +219,9 @@ class MessageView:
         stop: MessageEvent = {"type": "message_stop"}
         return [stop]
 
-    def failure(self, error: ModeldError, /) -> Piece:
+    def failure(self, error: ModeldError, /) -> Sequence[Piece]:
         """See View."""
-        return anthropic_envelope(error)
+        return [anthropic_envelope(error)]
 
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> Piece:
         """See View. Raises EngineError for a call whose arguments are no JSON object."""

@@ -91,9 +91,9 @@ class _View:
         """See View."""
         return []
 
-    def failure(self, error: ModeldError, /) -> Piece:
+    def failure(self, error: ModeldError, /) -> Sequence[Piece]:
         """See View."""
-        return {"error": error.message}
+        return [{"error": error.message}]
 
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> Piece:
         """See View."""

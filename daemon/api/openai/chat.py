@@ -116,9 +116,9 @@ class _ChatView:
         """See View."""
         return [{**self._chunk(), "usage": usage(dones)}] if self._include_usage else []
 
-    def failure(self, error: ModeldError, /) -> StreamFailure:
+    def failure(self, error: ModeldError, /) -> Sequence[StreamFailure]:
         """See View."""
-        return failure(error)
+        return [failure(error)]
 
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> ChatCompletion:
         """See View."""

@@ -104,9 +104,9 @@ class _TextView:
             return []
         return [{**self._chunk(), "usage": usage(dones, self._each)}]
 
-    def failure(self, error: ModeldError, /) -> StreamFailure:
+    def failure(self, error: ModeldError, /) -> Sequence[StreamFailure]:
         """See View."""
-        return failure(error)
+        return [failure(error)]
 
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> TextCompletion:
         """See View."""

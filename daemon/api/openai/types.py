@@ -194,7 +194,7 @@ class ChatBody(SamplingBody, kw_only=True):
             tools=offered.tools,
             tool_choice=offered.tool_choice,
             tool_name=offered.tool_name,
-            parallel_tool_calls=bool(self.parallel_tool_calls),
+            parallel_tool_calls=self.parallel_tool_calls is not False,
             sampling=self._sampling(
                 max_tokens=self._limit(
                     max_completion_tokens=self.max_completion_tokens, max_tokens=self.max_tokens

@@ -151,12 +151,14 @@ class ResponseView:
         """See View."""
         return []
 
-    def failure(self, error: ModeldError, /) -> Piece:
-        """See View."""
+    def failure(self, error: ModeldError, /) -> Sequence[Piece]:
+        """See View. A response that failed was created, and what was said of it stays in it."""
+        events: list[Piece] = [*(self.begin() if self._sequence < 0 else ())]
+        events += self._closed("incomplete")
         response = self._response("failed")
         code = _FAILURES.get(error.status, "server_error")
         response["error"] = {"code": code, "message": error.message}
-        return self._of_response("response.failed", response)
+        return [*events, self._of_response("response.failed", response)]
 
     def whole(self, answers: Sequence[tuple[Delta, Done]], /) -> Piece:
         """See View."""
