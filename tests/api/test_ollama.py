@@ -190,6 +190,24 @@ async def test_what_is_known_of_a_model_is_shown(client, add_model):
         assert (await client.post("/api/show", json=body)).status == status
 
 
+async def test_what_is_removed_has_to_be_named_in_full(client, add_model, services):
+    await add_model("tiny:7b")
+    answer = await client.post("/api/chat", json=ask("one", stream=False))
+    assert answer.status == 200, "to be asked, its one tag need not be named"
+    refused = await client.request("DELETE", "/api/delete", json={"model": "tiny"})
+    assert refused.status == 404 and "its tags are 7b" in (await refused.json())["error"]
+    assert services.catalog.get("tiny:7b").downloaded
+    assert (await client.request("DELETE", "/api/delete", json={"model": "tiny:7b"})).status == 200
+
+
+async def test_a_context_of_another_server_is_refused_by_name(client, add_model):
+    await add_model()
+    body = {"model": "tiny", "prompt": "one", "stream": False, "context": [1, 2]}
+    refused = await client.post("/api/generate", json=body)
+    assert refused.status == 400 and "context" in (await refused.json())["error"]
+    assert (await client.post("/api/generate", json=body | {"context": []})).status == 200
+
+
 async def test_a_model_that_is_not_here_is_not_found_so_that_clients_pull_it(client):
     absent = {"name": "smollm2:135m-instruct-q4_1"}
     for method, path in (("POST", "/api/show"), ("DELETE", "/api/delete")):

@@ -33,7 +33,8 @@ def routes() -> list[web.RouteDef]:
 async def delete(request: web.Request) -> web.Response:
     """Remove a model: its files, and its record too unless it is a built-in one."""
     body = await read_json(request, NameBody)
-    record = named(request, body.asked)
+    # What is removed has to be named in full: a bare name could mean another tag than was thought.
+    record = named(request, body.asked, exact=True)
     parts = services(request)
     if record.custom:
         await parts.delete_model(record)

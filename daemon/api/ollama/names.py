@@ -27,11 +27,12 @@ def source_of(name: str) -> str:
     return name
 
 
-def resolve(catalog: Catalog, name: str) -> ModelRecord:
+def resolve(catalog: Catalog, name: str, *, exact: bool = False) -> ModelRecord:
     """Return the model of this name, with or without `:latest`.
 
     A name without a tag also means the one model of that name which is downloaded, whatever its
-    tag; and what was pulled by its source has that for a name too. Raises ModelNotFound.
+    tag, unless it is to be `exact`; and what was pulled by its source has that for a name too.
+    Raises ModelNotFound.
     """
     found = catalog.find(name) or catalog.find(name.removesuffix(_LATEST))
     if found is not None:
@@ -43,7 +44,7 @@ def resolve(catalog: Catalog, name: str) -> ModelRecord:
     bare = name.removesuffix(_LATEST).lower()
     tagged = [each for each in catalog.all() if each.unique.lower().partition(":")[0] == bare]
     here = [each for each in tagged if each.downloaded]
-    if len(here) == 1:
+    if len(here) == 1 and not exact:
         return here[0]
     advice = "`modeld list` shows all models"
     if tagged:
@@ -51,9 +52,9 @@ def resolve(catalog: Catalog, name: str) -> ModelRecord:
     raise ModelNotFound(f"model {name!r} not found; {advice}")
 
 
-def named(request: web.Request, name: str) -> ModelRecord:
-    """Return the model that a request names. See asked_model. Raises ModelNotFound."""
-    return asked_model(request, resolve(services(request).catalog, name).id)
+def named(request: web.Request, name: str, *, exact: bool = False) -> ModelRecord:
+    """Return the model that a request names. See resolve and asked_model. Raises ModelNotFound."""
+    return asked_model(request, resolve(services(request).catalog, name, exact=exact).id)
 
 
 def here(record: ModelRecord) -> ModelRecord:

@@ -174,14 +174,14 @@ class GenerateBody(Generating, kw_only=True):
     """Body of POST /api/generate. Without a prompt it loads the model, or unloads it.
 
     `raw` goes on from the prompt as it is; with a `suffix`, the answer is what goes in between.
-    `context` is what older clients send back: a conversation is kept without it.
+    No answer has a `context`, so that there is none to send back.
     """
 
     prompt: str = ""
     suffix: str | None = None
     system: str | None = None
     template: Literal[""] | None = None
-    context: list[int] | None = None
+    context: Annotated[list[int], msgspec.Meta(max_length=0)] | None = None
     raw: bool | None = None
     images: _Images | None = None
     width: None = None
