@@ -701,6 +701,26 @@ def test_progress_keeps_its_pace_and_never_goes_back() -> None:
     assert 9 <= len(sent) <= 13
 
 
+async def test_what_came_last_is_told_though_nothing_comes_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetcher, "_SILENCE_S", 0.01)
+    sent = list[Any]()
+    report = fetcher.Reporter(sent.append)
+    report.started()
+    report.expect({"a": 100})
+    landed = report.file("a")
+    landed(1, 100)
+    landed(60, 100)
+    assert sent[-1].done_bytes == 1, "that would be too often"
+    telling = asyncio.create_task(report.keep_telling())
+    async with asyncio.timeout(10):
+        while len(sent) < 5:
+            await asyncio.sleep(0.01)
+    telling.cancel()
+    assert [frame.done_bytes for frame in sent[2:]] == [60] * len(sent[2:])
+
+
 # one range of a file
 
 
