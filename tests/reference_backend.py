@@ -144,6 +144,7 @@ class ReferenceBackend:
                     request.sampling.json_schema,
                     request.sampling.grammar,
                     request.sampling.logit_bias,
+                    request.reasoning_effort,
                 )
             )
         words = content.split()

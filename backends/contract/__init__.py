@@ -60,6 +60,7 @@ from backends.contract.options import (
     check_options,
 )
 from backends.contract.requests import (
+    REASONING_EFFORTS,
     ChatRequest,
     ClassifyRequest,
     CompleteRequest,
@@ -72,6 +73,7 @@ from backends.contract.requests import (
 )
 
 __all__ = [
+    "REASONING_EFFORTS",
     "Answer",
     "Artifact",
     "Backend",

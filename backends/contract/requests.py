@@ -7,6 +7,8 @@ from typing import Any
 
 from backends.contract.model import Task
 
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -51,6 +53,9 @@ class ChatRequest:
 
     `tools` are functions that the model may call. `tool_choice` is `auto`, `none`, `required`, or
     `function` for the one that `tool_name` names.
+
+    `reasoning_effort` is how much a model that thinks before it answers is to think: one of
+    REASONING_EFFORTS, None if that is left to its chat template. Others take no notice.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -59,6 +64,7 @@ class ChatRequest:
     tool_choice: str = "auto"
     tool_name: str = ""
     parallel_tool_calls: bool = False
+    reasoning_effort: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

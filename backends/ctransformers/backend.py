@@ -184,7 +184,7 @@ class CTransformers:
                 "ctransformers, which runs this GGML model, does not know tools: leave them out",
             )
         gguf.refuse_hopeless(request, self._loaded().context_length)
-        return self._template.render(request.messages)
+        return self._template.render(request)
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""

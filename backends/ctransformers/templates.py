@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from backends.contract import BackendError
+from backends import thinking
+from backends.contract import BackendError, ChatRequest
 
 
 def _refuse(message: str) -> NoReturn:
@@ -31,23 +31,24 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _refuse
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(thinking.switchable(source))
         except TemplateError as error:
             raise BackendError(
                 "load_failed", f"the model's chat template is broken: {error}"
             ) from error
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """Return the prompt for `messages`. Raises BackendError if the template refuses them.
+    def render(self, request: ChatRequest) -> str:
+        """Return the prompt of a request. Raises BackendError if the template refuses it.
 
         The engine puts the token that begins a text before it, where the model has one.
         """
         try:
             return self._template.render(
-                messages=[_plain(message) for message in messages],
+                messages=[_plain(message) for message in request.messages],
                 add_generation_prompt=True,
                 bos_token="",
                 eos_token="",
+                **thinking.variables(request),
             )
         except Exception as error:
             raise BackendError("invalid_request", f"the chat template refused: {error}") from error

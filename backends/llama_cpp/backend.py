@@ -189,7 +189,7 @@ class LlamaCpp:
             raise BackendError("invalid_request", "this model has no chat template")
         gguf.refuse_hopeless(request, self._context_length)
         messages = tools.spelled_out(request.messages, self._chat_template)
-        text, images = self._template.prompt(messages)
+        text, images = self._template.prompt(request, messages)
         if model.vision is not None and images:
             bos = model.vocabulary.special_text(model.vocabulary.bos)
             add_special = not (bos and text.startswith(bos))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from backends import images
-from backends.contract import BackendError
+from backends import images, thinking
+from backends.contract import BackendError, ChatRequest
 
 _PROBE = "which form of content does this template read"
 
@@ -22,7 +22,9 @@ class ChatTemplate:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         try:
-            self._format = Jinja2ChatFormatter(template=template, bos_token=bos, eos_token=eos)
+            self._format = Jinja2ChatFormatter(
+                template=thinking.switchable(template), bos_token=bos, eos_token=eos
+            )
         except Exception as error:
             raise BackendError(
                 "load_failed", f"the model's chat template cannot be compiled: {error}"
@@ -41,16 +43,21 @@ class ChatTemplate:
 
         return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        return str(self._format(messages=messages).prompt)
+    def _render(self, messages: list[dict[str, Any]], **told: Any) -> str:
+        return str(self._format(messages=messages, **told).prompt)
 
-    def prompt(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[bytes]]:
-        """Return the prompt's text and the images in it. Raises BackendError("invalid_request")."""
+    def prompt(
+        self, request: ChatRequest, messages: Sequence[dict[str, Any]]
+    ) -> tuple[str, list[bytes]]:
+        """Return the prompt's text, with `messages` for the request's, and the images in it.
+
+        Raises BackendError("invalid_request").
+        """
         images.check(messages)
         found: list[bytes] = []
         plain = [self._flattened(message, found) for message in messages]
         try:
-            text = self._render(plain)
+            text = self._render(plain, **thinking.variables(request))
         except Exception as error:
             raise BackendError("invalid_request", f"the chat template refused: {error}") from error
         if found and text.count(self._image_marker) != len(found):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from backends import thinking
 from backends.contract import (
     BackendError,
     Cancelled,
@@ -53,7 +54,7 @@ class Generator:
             ) from error
         self._texts = texts
         self._context_length = context_length
-        self._template = spec.artifact.chat_template
+        self._template = thinking.switchable(spec.artifact.chat_template)
         self._vocabulary = settings.fact(spec.artifact, "vocabulary")
         self._ends = frozenset(spec.artifact.metadata.get("onnx.eos_token_ids", ()))
         self._piece = max(_MIN_PIECE_TOKENS, settings.batch_tokens(spec.artifact, spec.threads))
@@ -99,7 +100,7 @@ class Generator:
         try:
             rendered: str = self._tokenizer.apply_chat_template(
                 messages=json.dumps(messages),
-                template_str=self._template,
+                template_str=thinking.settings(request) + self._template,
                 add_generation_prompt=True,
             )
         except Exception as error:

@@ -57,6 +57,8 @@ def chat(request: ChatRequest, model: str) -> dict[str, Any]:
             body["tool_choice"] = {"type": "function", "function": {"name": request.tool_name}}
         elif request.tool_choice != "auto":
             body["tool_choice"] = request.tool_choice
+    if request.reasoning_effort is not None:
+        body["reasoning_effort"] = request.reasoning_effort
     return body
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backends import grammars
+from backends import grammars, thinking
 from backends.contract import (
     BackendError,
     ChatRequest,
@@ -70,6 +70,8 @@ def chat_body(request: ChatRequest) -> dict[str, Any]:
             "tool_choice": request.tool_choice,
             "parallel_tool_calls": request.parallel_tool_calls,
         }
+    if told := thinking.variables(request):
+        body["chat_template_kwargs"] = told
     return body
 
 

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends import gguf
+from backends import gguf, thinking
 from backends.contract import BackendError, LoadSpec, Placement, Task
 from backends.placement import device_ids, engine_split
 from backends.xllamacpp.listener import Listener
@@ -85,8 +85,10 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
     for path in spec.artifact.paths("mmproj"):
         params.mmproj.path = path
         params.mmproj_use_gpu = False  # it is booked as RAM
-    if spec.artifact.metadata.get("modeld.chat_template"):
-        params.chat_template = spec.artifact.chat_template
+    own = spec.artifact.chat_template
+    template = thinking.switchable(own)
+    if spec.artifact.metadata.get("modeld.chat_template") or template != own:
+        params.chat_template = template
     params.hostnames = [listener.path]
     params.api_keys = [listener.key]
     return params

@@ -1,7 +1,8 @@
-"""What any request may say about its model besides what it asks it, on all surfaces."""
+"""What any request may say besides what it asks, on all surfaces."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
@@ -11,6 +12,23 @@ from daemon.errors import ConfigError, InvalidRequest
 from daemon.models import Priority, Terms
 
 ContextLength = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
+
+
+class Effort(StrEnum):
+    """How much a model is to think before it answers, in the words of all APIs."""
+
+    NONE = "none"
+    MINIMAL = "minimal"
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+    XHIGH = "xhigh"
+    MAX = "max"
+
+    @property
+    def to_backend(self) -> str:
+        """The word that backends know for it: chat templates know nothing beyond high."""
+        return "high" if self in (Effort.XHIGH, Effort.MAX) else self.value
 
 
 class TermsBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

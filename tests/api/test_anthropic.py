@@ -195,9 +195,23 @@ async def test_what_fails_in_a_stream_is_an_event_and_before_it_a_status(client)
 async def shape(client, **fields):
     """What of the request reached the backend."""
     answer = await answered(client, ask("!shape", **fields))
-    names = ("tools", "tool_choice", "tool_name", "schema")
+    names = ("tools", "tool_choice", "tool_name", "schema", "grammar", "logit_bias", "effort")
     values = ast.literal_eval(answer["content"][0]["text"])
-    return dict(zip(names, values, strict=False))
+    return dict(zip(names, values, strict=True))
+
+
+async def test_whether_and_how_much_to_think_reaches_the_backend(client):
+    enabled = {"type": "enabled", "budget_tokens": 1024}
+    for thinking, effort, told in (
+        (None, None, None),
+        ({"type": "disabled"}, "high", "none"),
+        (enabled, None, "medium"),
+        (enabled, "max", "high"),
+        ({"type": "adaptive"}, None, None),
+        ({"type": "adaptive"}, "low", "low"),
+    ):
+        fields = {"thinking": thinking, "output_config": {"effort": effort}}
+        assert (await shape(client, **fields))["effort"] == told
 
 
 async def test_tools_and_the_choice_of_them_reach_the_backend(client):

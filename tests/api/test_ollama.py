@@ -179,6 +179,22 @@ async def test_models_have_names_with_and_without_a_tag(client, add_model, servi
     assert missing.status == 404 and "'nobody' not found" in (await missing.json())["error"]
 
 
+async def test_whether_and_how_much_to_think_reaches_the_backend(client, add_model):
+    await add_model("tiny", tokenizer_chat_template="{% if enable_thinking %}{% endif %}")
+    for think, told in ((None, None), (True, "medium"), (False, "none"), ("max", "high")):
+        answer = await client.post("/api/chat", json=ask("!shape", think=think, stream=False))
+        assert (await answer.json())["message"]["content"].endswith(f"{told!r})")
+        body = {"model": "tiny", "prompt": "!shape", "think": think, "stream": False}
+        answer = await (await client.post("/api/generate", json=body)).json()
+        assert answer["response"].endswith(f"{told!r})")
+    await add_model("plain", tokenizer_chat_template="{{ messages }}")
+    for think, status in ((None, 200), (False, 200), (True, 400), ("low", 400)):
+        asked = ask("a", model="plain", think=think, stream=False)
+        answer = await client.post("/api/chat", json=asked)
+        assert answer.status == status
+    assert (await answer.json())["error"].startswith("think: plain does not think")
+
+
 async def test_what_is_known_of_a_model_is_shown(client, add_model):
     await add_model("tiny", tokenizer_chat_template="{% if tools %}{% endif %}<think>")
     known = await (await client.post("/api/show", json={"model": "tiny"})).json()

@@ -62,10 +62,18 @@ async def test_a_call_streams_in_pieces_of_which_the_first_has_id_and_name(clien
 async def shape(client, **fields):
     """What of the request reached the backend."""
     _, answer = await post(client, "/v1/chat/completions", say("!shape", **fields))
-    names = ("tools", "tool_choice", "tool_name", "schema", "grammar", "logit_bias")
+    names = ("tools", "tool_choice", "tool_name", "schema", "grammar", "logit_bias", "effort")
     return dict(
         zip(names, ast.literal_eval(answer["choices"][0]["message"]["content"]), strict=True)
     )
+
+
+async def test_how_much_to_think_reaches_the_backend(client, model):
+    for said, told in ((None, None), ("none", "none"), ("low", "low"), ("xhigh", "high")):
+        assert (await shape(client, reasoning_effort=said))["effort"] == told
+    status, refused = await post(client, "/v1/chat/completions", say("a", reasoning_effort="hard"))
+    assert status == 400 and refused["error"]["param"] == "reasoning_effort"
+    assert "minimal" in refused["error"]["message"]
 
 
 async def test_what_a_request_asks_for_reaches_the_backend(client, model):

@@ -248,9 +248,16 @@ async def test_instructions_and_what_developers_say_are_one_system_message(clien
 
 async def shape(client, **fields):
     """What of the request reached the backend."""
-    names = ("tools", "tool_choice", "tool_name", "schema")
+    names = ("tools", "tool_choice", "tool_name", "schema", "grammar", "logit_bias", "effort")
     values = ast.literal_eval(await text_of(client, "!shape", **fields))
-    return dict(zip(names, values, strict=False))
+    return dict(zip(names, values, strict=True))
+
+
+async def test_how_much_to_think_reaches_the_backend(client):
+    for reasoning, told in ((None, None), ({}, None), ({"effort": "minimal"}, "minimal")):
+        assert (await shape(client, reasoning=reasoning))["effort"] == told
+    answer = await answered(client, ask("a", reasoning={"effort": "high", "summary": "auto"}))
+    assert answer["reasoning"] == {"effort": "high", "summary": "auto"}
 
 
 async def test_tools_and_the_choice_of_them_reach_the_backend(client):

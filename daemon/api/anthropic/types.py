@@ -12,7 +12,7 @@ import msgspec
 from backends.contract import ChatRequest, Sampling
 from daemon.api.anthropic import blocks
 from daemon.api.anthropic.blocks import Body, Cacheable, TextBlock
-from daemon.api.terms import TermsBody
+from daemon.api.terms import Effort, TermsBody
 from daemon.errors import InvalidRequest
 
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -70,7 +70,10 @@ class NoChoice(Body, tag_field="type", tag="none"):
 
 
 class Thinking(Body):
-    """Whether what a model thinks is shown: whether it thinks is the model's own affair."""
+    """Whether a model thinks before it answers, if it can, and whether that is shown.
+
+    `budget_tokens` has no effect here: how much it thinks is the `effort` of the output_config.
+    """
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
@@ -84,10 +87,10 @@ class JsonFormat(Body, tag_field="type", tag="json_schema"):
 
 
 class OutputConfig(Body):
-    """The form of the answer. `effort` has no effect here."""
+    """The form of the answer, and how much a model that thinks does so."""
 
     format: JsonFormat | None = None
-    effort: str | None = None
+    effort: Effort | None = None
 
 
 class ClearThinking(Body, tag_field="type", tag="clear_thinking_20251015"):
@@ -143,8 +146,18 @@ class PromptBody(TermsBody, kw_only=True):
             tool_choice=wanted,
             tool_name=choice.name if isinstance(choice, NamedChoice) else "",
             parallel_tool_calls=not getattr(choice, "disable_parallel_tool_use", False),
+            reasoning_effort=self._effort,
             sampling=sampling,
         )
+
+    @property
+    def _effort(self) -> str | None:
+        kind = self.thinking.type if self.thinking else ""
+        if kind == "disabled":
+            return "none"
+        if self.output_config and self.output_config.effort:
+            return self.output_config.effort.to_backend
+        return "medium" if kind == "enabled" else None
 
     def _system(self) -> str:
         given = self.system or []

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from aiohttp import web
 
+from backends import thinking
 from daemon.api.context import services
 from daemon.api.errors import read_json
 from daemon.api.generation import Asked, View, answer
 from daemon.api.ollama.answers import ChatAnswer, GenerateAnswer, timestamp
+from daemon.api.ollama.models import chat_template
 from daemon.api.ollama.names import named
 from daemon.api.ollama.types import ChatBody, GenerateBody, Generating
 from daemon.api.ollama.views import ChatView, GenerateView
@@ -17,6 +19,7 @@ from daemon.api.operation import NDJSON, WORK, operation
 from daemon.api.streams import LineStream
 from daemon.catalog.record import ModelRecord
 from daemon.config import parse_duration
+from daemon.errors import InvalidRequest
 from daemon.models import Terms
 
 
@@ -40,7 +43,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
             "done_reason": reason,
         }
         return web.json_response(done)
-    view = ChatView(body.model, thinks=body.thinks)
+    view = ChatView(body.model, thinks=body.effort != "none")
     return await _answered(request, record, body, body.to_backend(), view)
 
 
@@ -60,7 +63,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
             "done_reason": await _moved(request, record, body),
         }
         return web.json_response(done)
-    view = GenerateView(body.model, thinks=body.thinks)
+    view = GenerateView(body.model, thinks=body.effort != "none")
     return await _answered(request, record, body, body.to_backend(), view)
 
 
@@ -83,8 +86,18 @@ async def _moved(request: web.Request, record: ModelRecord, body: Generating) ->
     return "load"
 
 
+def _can_think(record: ModelRecord) -> bool:
+    """Say whether a model can think; of one that an upstream runs, that is not known here."""
+    template = chat_template(record)
+    return not template or thinking.can_think(template)
+
+
 async def _answered(
     request: web.Request, record: ModelRecord, body: Generating, asked: Asked, view: View
 ) -> web.StreamResponse:
+    if body.effort not in (None, "none") and not _can_think(record):
+        raise InvalidRequest(
+            f"think: {record.unique} does not think before it answers: leave it out", param="think"
+        )
     stream = LineStream(request) if body.streams else None
     return await answer(request, record, [asked], body.terms(record), view=view, stream=stream)

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
+from backends import thinking
 from backends.contract import Task
 from daemon.api.context import services
 from daemon.api.errors import read_json
@@ -103,8 +104,7 @@ async def show(request: web.Request) -> web.Response:
     """Show what is known of a model that is here: what is shown can answer, to its clients."""
     body = await read_json(request, ShowBody)
     record = here(named(request, body.asked))
-    artifact = record.artifact
-    template = record.chat_template or (artifact.chat_template if artifact else "")
+    artifact, template = record.artifact, chat_template(record)
     tasks: tuple[Task, ...] = ()
     if artifact is not None:
         explained = await services(request).models.explain(record)
@@ -123,6 +123,11 @@ async def show(request: web.Request) -> web.Response:
     return web.json_response(answer)
 
 
+def chat_template(record: ModelRecord) -> str:
+    """Return the chat template that a model goes by; "" if it has none, or none is known here."""
+    return record.chat_template or (record.artifact.chat_template if record.artifact else "")
+
+
 def _capabilities(record: ModelRecord, tasks: tuple[Task, ...], template: str) -> list[str]:
     """Return what a model can do in Ollama's words: by its tasks, else by the catalog."""
     if record.artifact is None:
@@ -131,7 +136,7 @@ def _capabilities(record: ModelRecord, tasks: tuple[Task, ...], template: str) -
     found = [_CAPABILITIES[task] for task in tasks if task in _CAPABILITIES]
     if "tools" in template:
         found.append("tools")
-    if "<think>" in template or "enable_thinking" in template:
+    if thinking.can_think(template):
         found.append("thinking")
     return list(dict.fromkeys(found))
 

@@ -13,7 +13,7 @@ from backends.contract import ChatRequest, CompleteRequest, EmbedRequest, Sampli
 from daemon.api.ollama.messages import Message, image_url, to_backend
 from daemon.api.openai.tools import Tool
 from daemon.api.openai.types import SEEDS
-from daemon.api.terms import duration
+from daemon.api.terms import Effort, duration
 from daemon.catalog.record import ModelRecord
 from daemon.errors import InvalidRequest
 from daemon.models import Priority, Terms
@@ -109,12 +109,12 @@ class Asking(Body, kw_only=True):
 class Generating(Asking, kw_only=True):
     """What chat and generate share. `format` is "json" or a JSON schema.
 
-    `think` is whether the model's thinking is told; how long a model thinks is its own business.
+    `think` is whether a model thinks before it answers, and how much; None leaves it to the model.
     """
 
     stream: bool | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
-    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    think: bool | Effort | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     truncate: bool | None = None
@@ -126,9 +126,11 @@ class Generating(Asking, kw_only=True):
         return self.stream is not False
 
     @property
-    def thinks(self) -> bool:
-        """Whether the thinking is told."""
-        return self.think is not False
+    def effort(self) -> str | None:
+        """How much the model is to think, as backends take it."""
+        if isinstance(self.think, Effort):
+            return self.think.to_backend
+        return None if self.think is None else "medium" if self.think else "none"
 
     def sampling(self) -> Sampling:
         """Return the fields that engines get."""
@@ -166,6 +168,7 @@ class ChatBody(Generating, kw_only=True):
             messages=to_backend(self.messages),
             tools=tuple(tool.to_backend() for tool in self.tools or ()),
             parallel_tool_calls=True,
+            reasoning_effort=self.effort,
             sampling=self.sampling(),
         )
 
@@ -203,7 +206,9 @@ class GenerateBody(Generating, kw_only=True):
             said = [{"type": "text", "text": self.prompt}, *urls]
         messages = [{"role": "system", "content": self.system}] if self.system else []
         messages.append({"role": "user", "content": said})
-        return ChatRequest(messages=tuple(messages), sampling=self.sampling())
+        return ChatRequest(
+            messages=tuple(messages), reasoning_effort=self.effort, sampling=self.sampling()
+        )
 
 
 class EmbedBody(Asking, kw_only=True):

@@ -19,7 +19,7 @@ from backends.contract import (
 from backends.grammars import MAX_NESTING, nesting
 from daemon.api.openai.messages import Body, Message
 from daemon.api.openai.tools import Choice, Name, Tool, offer
-from daemon.api.terms import TermsBody
+from daemon.api.terms import Effort, TermsBody
 from daemon.errors import InvalidRequest
 
 _Tokens = Annotated[int, msgspec.Meta(ge=-1, le=1_000_000)]  # -1 as llama.cpp has it: no limit
@@ -167,11 +167,11 @@ class ChatBody(SamplingBody, kw_only=True):
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    reasoning_effort: Effort | None = None
 
     modalities: list[Literal["text"]] | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
-    reasoning_effort: str | None = None
     verbosity: str | None = None
 
     audio: None = None
@@ -195,6 +195,7 @@ class ChatBody(SamplingBody, kw_only=True):
             tool_choice=offered.tool_choice,
             tool_name=offered.tool_name,
             parallel_tool_calls=self.parallel_tool_calls is not False,
+            reasoning_effort=self.reasoning_effort and self.reasoning_effort.to_backend,
             sampling=self._sampling(
                 max_tokens=self._limit(
                     max_completion_tokens=self.max_completion_tokens, max_tokens=self.max_tokens

@@ -189,7 +189,7 @@ class ResponseView:
             "metadata": body.metadata or {},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": body.reasoning or {},
+            "reasoning": _shown(body.reasoning or {}),
             "service_tier": "default",
             "store": False,
             "temperature": body.temperature,

@@ -23,7 +23,7 @@ from daemon.api.openai.tools import (
     offer,
 )
 from daemon.api.openai.types import JsonObjectFormat, TextFormat
-from daemon.api.terms import TermsBody
+from daemon.api.terms import Effort, TermsBody
 from daemon.errors import InvalidRequest
 
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -93,6 +93,17 @@ class TextConfig(Body):
     verbosity: str | None = None
 
 
+class Reasoning(Body, omit_defaults=True):
+    """How much to think. The last group is accepted and has no effect: thoughts are told whole."""
+
+    effort: Effort | None = None
+
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: str | None = None
+    mode: str | None = None
+
+
 class StreamConfig(Body):
     """What a stream has besides the answer: nothing here."""
 
@@ -100,10 +111,7 @@ class StreamConfig(Body):
 
 
 class CountBody(TermsBody, kw_only=True):
-    """Body of POST /v1/responses/input_tokens: what is asked, as it is answered and counted.
-
-    The last group is accepted and has no effect here.
-    """
+    """Body of POST /v1/responses/input_tokens: what is asked, as it is answered and counted."""
 
     model: str
     input: str | Annotated[list[items.InputItem], msgspec.Meta(min_length=1, max_length=10_000)]
@@ -112,11 +120,10 @@ class CountBody(TermsBody, kw_only=True):
     tool_choice: ResponseChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
+    reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = None
     previous_response_id: str | None = None
     conversation: str | dict[str, Any] | None = None
-
-    reasoning: dict[str, Any] | None = None
 
     def to_backend(self) -> ChatRequest:
         """Return the request as backends take it. Raises InvalidRequest."""
@@ -138,6 +145,7 @@ class CountBody(TermsBody, kw_only=True):
             messages = items.to_backend(given)
         if not messages:
             raise InvalidRequest("input: there is no message in it", param="input")
+        effort = self.reasoning.effort if self.reasoning else None
         offered = offer([tool.as_in_chats() for tool in self.tools or ()], self._choice())
         return ChatRequest(
             messages=tuple(messages),
@@ -145,6 +153,7 @@ class CountBody(TermsBody, kw_only=True):
             tool_choice=offered.tool_choice,
             tool_name=offered.tool_name,
             parallel_tool_calls=self.parallel_tool_calls is not False,
+            reasoning_effort=effort and effort.to_backend,
             sampling=sampling,
         )
 
