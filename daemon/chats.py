@@ -5,17 +5,18 @@ They are the user's words: the database is for nobody else's eyes. Listeners hea
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, InsufficientDisk
 
 _MIGRATIONS = (
     """
@@ -38,6 +39,7 @@ _MIGRATIONS = (
     """,
 )
 _SCHEMA = len(_MIGRATIONS)
+_ALL = "SELECT id, name, model, created, updated FROM chats ORDER BY updated DESC, rowid DESC"
 log = logging.getLogger(__name__)
 
 
@@ -73,9 +75,13 @@ def _now() -> str:
 
 
 class Chats:
-    """All conversations. Raises ConfigError if the database can't be used."""
+    """All conversations. Raises ConfigError if the database can't be used.
+
+    What changes something raises InsufficientDisk if it can't be written, unless it says otherwise.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._listeners: list[Listener] = []
         try:
             path.touch(mode=0o600)
@@ -105,12 +111,28 @@ class Chats:
         for listener in list(self._listeners):
             listener(chat_id, deleted=deleted)
 
+    def _write(self, statement: str, *values: str) -> None:
+        try:
+            self._db.execute(statement, values)
+        except sqlite3.Error as error:
+            raise InsufficientDisk(
+                f"conversations can't be written to {self._path} ({error}): see that its disk has "
+                "room, and that modeld may write there"
+            ) from error
+
     def all(self) -> list[Chat]:
         """Return every conversation, the last one changed first."""
-        rows = self._db.execute(
-            "SELECT id, name, model, created, updated FROM chats ORDER BY updated DESC, rowid DESC"
-        )
-        return [_chat(row) for row in rows]
+        return [_chat(row) for row in self._db.execute(_ALL)]
+
+    def contents(self) -> list[tuple[Chat, list[str]]]:
+        """Return the same with the ids of what was said in each, in its order. For any thread."""
+        with contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as db:
+            db.execute("BEGIN")  # one state of both tables
+            chats = [_chat(row) for row in db.execute(_ALL)]
+            said: dict[str, list[str]] = {chat.id: [] for chat in chats}
+            for chat_id, message_id in db.execute("SELECT chat, id FROM messages ORDER BY number"):
+                said[chat_id].append(message_id)
+        return [(chat, said[chat.id]) for chat in chats]
 
     def get(self, chat_id: str) -> Chat | None:
         """Return a conversation, or None."""
@@ -123,23 +145,21 @@ class Chats:
         """Begin a conversation."""
         now = _now()
         chat = Chat(id=str(uuid.uuid4()), name=name, model=model, created=now, updated=now)
-        self._db.execute(
+        self._write(
             "INSERT INTO chats (id, name, model, created, updated) VALUES (?, ?, ?, ?, ?)",
-            (chat.id, name, model, now, now),
+            *(chat.id, name, model, now, now),
         )
         self._notify(chat.id)
         return chat
 
     def rename(self, chat_id: str, name: str) -> None:
         """Give a conversation another name."""
-        self._db.execute(
-            "UPDATE chats SET name = ?, updated = ? WHERE id = ?", (name, _now(), chat_id)
-        )
+        self._write("UPDATE chats SET name = ?, updated = ? WHERE id = ?", name, _now(), chat_id)
         self._notify(chat_id)
 
     def delete(self, chat_id: str) -> None:
         """Remove a conversation and all that was said in it."""
-        self._db.execute("DELETE FROM chats WHERE id = ?", (chat_id,))
+        self._write("DELETE FROM chats WHERE id = ?", chat_id)
         self._notify(chat_id, deleted=True)
 
     def say(self, chat_id: str, role: str, text: str, model: str) -> ChatMessage | None:
@@ -181,6 +201,15 @@ class Chats:
         )
         return [str(row[0]) for row in rows]
 
+    def named(self, message_ids: Sequence[str]) -> list[ChatMessage]:
+        """Return what has these ids, in the order of its being said; what is gone is left out."""
+        rows = self._db.execute(
+            "SELECT id, chat, role, text, created FROM messages "
+            "WHERE id IN (SELECT value FROM json_each(?)) ORDER BY number",
+            (msgspec.json.encode(message_ids).decode(),),
+        )
+        return [_message(row) for row in rows]
+
     def message(self, message_id: str) -> ChatMessage | None:
         """Return one thing that was said, or None."""
         row = self._db.execute(
@@ -190,17 +219,17 @@ class Chats:
 
     def reword(self, said: ChatMessage, text: str) -> ChatMessage:
         """Have something else have been said, and return that."""
-        self._db.execute("UPDATE messages SET text = ? WHERE id = ?", (text, said.id))
+        self._write("UPDATE messages SET text = ? WHERE id = ?", text, said.id)
         self._touch(said.chat)
         return msgspec.structs.replace(said, text=text)
 
     def unsay(self, said: ChatMessage) -> None:
         """Remove one thing that was said."""
-        self._db.execute("DELETE FROM messages WHERE id = ?", (said.id,))
+        self._write("DELETE FROM messages WHERE id = ?", said.id)
         self._touch(said.chat)
 
     def _touch(self, chat_id: str) -> None:
-        self._db.execute("UPDATE chats SET updated = ? WHERE id = ?", (_now(), chat_id))
+        self._write("UPDATE chats SET updated = ? WHERE id = ?", _now(), chat_id)
         self._notify(chat_id)
 
 

@@ -186,7 +186,7 @@ class RequestTimeout(ModeldError):
 
 
 class InsufficientDisk(ModeldError):
-    """The disk has no room for the download."""
+    """The disk has no room for what is to be written."""
 
     code = "insufficient_disk"
     status = 507

@@ -3,7 +3,8 @@
 It answers with the last user message, word by word. A message that begins with `!` is an order:
 `!words N` answers N words, `!slow N` the same with 20 ms a word, `!crash` ends the process,
 `!error` fails, `!stuck` ignores its cancellation for ever, `!call NAME` calls a tool, `!think …`
-thinks first, `!fill` goes on until the context is full, `!shape` tells what else the request had.
+thinks first, `!fill` goes on until the context is full, `!shape` tells what else the request had,
+`!before` all that was said.
 
 Its KV cache is the texts of its last conversations, one a slot: a chat that begins with one of them
 counts its words as cached. They are saved and restored as text, except by a model whose header asks
@@ -135,6 +136,8 @@ class ReferenceBackend:
             for piece in ('{"city": ', '"Paris"}'):
                 yield Delta(tool_calls=(ToolCall(index=0, arguments=piece),))
             return Done(finish_reason="tool_calls", usage=usage(completion_tokens=3))
+        if order == "!before":
+            content = "; ".join(f"{said['role']}: {said['content']}" for said in request.messages)
         if order == "!shape":
             content = repr(
                 (

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from daemon.api import anthropic, gate, native, ollama, openai, openapi, operations, pieces
 from daemon.api.context import SERVICES, Services, tell_reduced
-from daemon.api.errors import errors
+from daemon.api.errors import errors, note_begin
 
 _MAX_BODY_BYTES = 20 * 1024 * 1024  # some photographs; decoding it takes the loop 20 ms
 
@@ -27,6 +27,7 @@ def build(services: Services) -> web.Application:
     )
     app.on_response_prepare.append(gate.allow_reading(server.allowed_origins))
     app.on_response_prepare.append(tell_reduced)
+    app.on_response_prepare.append(note_begin)
     app[SERVICES] = services
     pieces.keep(app)
     app.add_routes(routes())

@@ -40,6 +40,7 @@ _ANTHROPIC_KINDS = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+_BEGUN = web.RequestKey("begun", bool)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -141,20 +142,38 @@ class _Refused(InvalidRequest):
 
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Middleware: every error leaves as an answer in its surface's own form."""
+    """Middleware: every error leaves as an answer in its surface's own form.
+
+    One that comes in the middle of an answer ends the connection, so that the client sees that the
+    answer is not whole: another one after it would be read as a part of it.
+    """
     try:
         return await handler(request)
-    except ModeldError as error:
-        return render(request, error)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return _from_http(request, error)
     except ConnectionError:
         raise  # the client has gone; aiohttp knows what to do
-    except Exception:
-        log.exception("%s %s failed", request.method, request.path)
-        return render(request, InternalError("modeld failed at this request; its log says why"))
+    except Exception as error:
+        if request.get(_BEGUN):
+            if request.transport is not None:
+                request.transport.abort()
+            raise  # aiohttp logs it, and sees that there is nothing to answer any more
+        return _answer(request, error)
+
+
+async def note_begin(request: web.Request, _: web.StreamResponse) -> None:
+    """Signal handler: have `errors` know that the answer to a request has begun."""
+    request[_BEGUN] = True
+
+
+def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
+    """Return the answer to a request that failed; what is none of ours is logged."""
+    if isinstance(error, ModeldError):
+        return render(request, error)
+    if isinstance(error, web.HTTPException):
+        if error.status < 400:
+            raise error
+        return _from_http(request, error)
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return render(request, InternalError("modeld failed at this request; its log says why"))
 
 
 def _choices(type_: type, param: str) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket as socket_module
 from collections.abc import Coroutine
 from typing import Any
 
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, WSMsgType, web
 
 from daemon.api.context import services
 
 _HEARTBEAT_S = 30.0
 # Some clients answer a close and then never end the connection; a stop must not wait for them.
 _CLOSE_S = 1.0
+log = logging.getLogger(__name__)
 
 
 def is_upgrade(request: web.Request) -> bool:
@@ -42,7 +44,7 @@ async def serve(
 ) -> web.WebSocketResponse:
     """Run `work`, one part of which reads from the socket, until one of its parts ends.
 
-    It also ends when the daemon stops; then close.
+    It also ends when the daemon stops; then close, and say so if it is since something failed.
     """
     tasks = {asyncio.create_task(part) for part in (*work, _until_stopping(request))}
     try:
@@ -51,11 +53,14 @@ async def serve(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        if (error := task.exception()) and not isinstance(error, ConnectionError):
-            raise error
+    failures = [error for task in done if (error := task.exception()) is not None]
+    code, words = WSCloseCode.OK, b""
+    for error in failures:
+        if not isinstance(error, ConnectionError):
+            log.error("the WebSocket %s failed", request.path, exc_info=error)
+            code, words = WSCloseCode.INTERNAL_ERROR, b"modeld failed; its log says why"
     _cork(request)
-    await socket.close()
+    await socket.close(code=code, message=words)
     return socket
 
 

@@ -9,9 +9,10 @@ import socket
 import time
 
 import pytest
-from aiohttp import ClientConnectionError
+from aiohttp import ClientConnectionError, ClientPayloadError
 
 from daemon.api import errors, streams
+from daemon.api.openai.chat import _ChatView
 
 WAIT_S = 20.0
 CHAT = "/v1/chat/completions"
@@ -123,3 +124,31 @@ async def test_a_client_that_leaves_ends_its_work_at_once(client, add_model, ser
         await gone(services)
         assert time.monotonic() - began < 2
         del reader
+
+
+async def test_an_answer_that_breaks_off_is_seen_to_be_broken(
+    client, add_model, monkeypatch, caplog
+):
+    """A failure of modeld's own must not look like the end of an answer, or be a part of it."""
+
+    def broken(*_) -> None:
+        raise ZeroDivisionError
+
+    await add_model()
+    monkeypatch.setattr(_ChatView, "end", broken)
+    reader, writer = await connect(client)
+    writer.write(request_bytes(CHAT, json.dumps(ask("one two", stream=True)).encode()))
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        async with asyncio.timeout(WAIT_S):
+            while part := await reader.read(65536):
+                said += part
+    assert said.count(b"HTTP/1.1") == 1 and b" two" in said
+    assert not said.endswith(b"0\r\n\r\n") and b"error" not in said
+    writer.close()
+    assert "ZeroDivisionError" in caplog.text
+    with pytest.raises(ClientPayloadError):
+        async with client.post(CHAT, json=ask("one two", stream=True)) as response:
+            await response.read()
+    whole = await client.post(CHAT, json=ask("one two"))
+    assert whole.status == 200, "the next request is not touched by it"

@@ -66,3 +66,34 @@ async def test_a_message_is_reworded_and_removed(client, services, chat):
     ):
         refused = await client.post(path, json=body)
         assert refused.status == 500 and refused.content_type == "text/plain"
+
+
+async def test_all_conversations_are_listed_with_what_was_said_in_them(client, services, chat):
+    empty = services.chats.create("empty")
+    listed = await get(client, "/conversations")
+    assert listed["indices"] == {empty.id: 0, chat.id: 1}
+    alone = [await get(client, f"/conversation/{key}") for key in (empty.id, chat.id)]
+    assert listed["iterable"] == alone
+    said = [message.id for message in services.chats.messages(chat.id)]
+    assert [each["id"] for each in alone[1]["messages"]["iterable"]] == said
+
+
+async def test_a_question_may_name_what_was_said_before_it(client, add_model, services, chat):
+    await add_model("tiny", tokenizer_chat_template="x")
+    first, second, third = services.chats.messages(chat.id)
+    services.chats.unsay(third)
+    named = {"iterable": [{"id": second.id}, {"id": "nobody"}, {"id": first.id}]}
+    asked = {"query": "!before", "relevant": {"iterable": []}, "messages": named}
+    (answer,) = (await post(client, "/qgpt/question", asked))["answers"]["iterable"]
+    assert answer["text"] == "user: one two; assistant: three; user: !before"
+    async with client.ws_connect("/qgpt/stream") as socket:
+        for turn, begins in (
+            ({"question": asked}, "user: one two; assistant: three; user: !before"),
+            ({"question": asked, "conversation": chat.id}, "user: one two; assistant: three; "),
+        ):
+            await socket.send_json(turn)
+            text = ""
+            while (frame := await socket.receive_json(timeout=20))["status"] == "IN-PROGRESS":
+                text += frame["question"]["answers"]["iterable"][0]["text"]
+            assert frame["status"] == "COMPLETED" and text.startswith(begins)
+            assert text.count("three") == 1

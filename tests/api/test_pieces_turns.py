@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from daemon.api.pieces.turns import shorter
+from aiohttp import WSCloseCode, WSMsgType
+
+from daemon.api.pieces.turns import Turns, shorter
 
 WAIT_S = 20.0
 
@@ -126,6 +128,73 @@ async def test_a_question_that_cannot_be_kept_is_answered(client, add_model, ser
     assert (text, frame["status"]) == ("one two", "COMPLETED")
     services.chats._db.execute("PRAGMA query_only = OFF")
     assert services.chats.messages(key) == []
+
+
+async def test_a_conversation_that_cannot_be_begun_is_an_error_that_says_why(
+    client, add_model, services
+):
+    await add_model("tiny", tokenizer_chat_template="x")
+    services.chats._db.execute("PRAGMA query_only = ON")
+    async with client.ws_connect("/qgpt/stream") as socket:
+        await socket.send_json(relevance("one", request="lost"))
+        frame = await socket.receive_json()
+        assert (frame["status"], frame["request"], frame["statusCode"]) == ("FAILED", "lost", 507)
+        assert "see that its disk has room" in frame["errorMessage"]
+        refused = await client.post("/conversations/create", json={"type": "COPILOT"})
+        assert refused.status == 500 and "see that its disk has room" in await refused.text()
+        services.chats._db.execute("PRAGMA query_only = OFF")
+        await socket.send_json(relevance("one", request="again"))
+        assert await ends(socket, 1) == [("again", "COMPLETED")]
+
+
+async def test_a_question_to_no_model_leaves_no_conversation(client, add_model, services):
+    await add_model("tiny", tokenizer_chat_template="x")
+    async with client.ws_connect("/qgpt/stream") as socket:
+        asked = relevance("one", request="lost")
+        asked["relevance"]["model"] = "nobody"
+        await socket.send_json(asked)
+        frame = await socket.receive_json()
+        assert (frame["status"], frame["request"]) == ("FAILED", "lost")
+        assert "nobody" in frame["errorMessage"]
+    assert services.chats.all() == []
+
+
+async def test_questions_that_wait_have_a_bound(client, add_model, services):
+    await add_model("tiny", tokenizer_chat_template="x")
+    limit = services.config.models.queue_limit
+    key = await conversation(client)
+    url = "/qgpt/stream"
+    async with client.ws_connect(url) as socket, client.ws_connect(url) as other:
+        for number in range(limit):
+            await socket.send_json(relevance("!slow 5000", conversation=key, request=str(number)))
+        assert (await socket.receive_json())["status"] == "IN-PROGRESS"
+        for late in (socket, other):
+            await late.send_json(relevance("late", request="late"))
+        async with asyncio.timeout(WAIT_S):
+            while (frame := await socket.receive_json())["status"] == "IN-PROGRESS":
+                pass
+        for told in (frame, await other.receive_json()):
+            assert (told["status"], told["request"], told["statusCode"]) == ("FAILED", "late", 429)
+            assert "queue_limit" in told["errorMessage"]
+        await socket.send_json({"conversation": key, "stop": True})
+        found = await ends(socket, limit)
+        assert sorted(found) == sorted((str(number), "STOPPED") for number in range(limit))
+        await other.send_json(relevance("hello", request="next"))
+        assert await ends(other, 1) == [("next", "COMPLETED")]
+
+
+async def test_what_fails_here_closes_the_socket_and_says_so(client, monkeypatch, caplog):
+    def broken(*_) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Turns, "_take", broken)
+    async with client.ws_connect("/qgpt/stream") as socket:
+        await socket.send_json(relevance("one"))
+        message = await socket.receive(timeout=WAIT_S)
+    assert (message.type, message.data) == (WSMsgType.CLOSE, WSCloseCode.INTERNAL_ERROR)
+    assert message.extra == "modeld failed; its log says why"
+    assert "the WebSocket /qgpt/stream failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_the_default_model_is_one_that_fits(client, add_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import stat
 import subprocess
@@ -9,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from disks import small_disk
 
 from daemon.chats import Chats
-from daemon.errors import ConfigError
+from daemon.errors import ConfigError, InsufficientDisk
 
 
 def test_what_was_said_is_kept_in_its_order(tmp_path):
@@ -84,3 +86,23 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path):
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(ConfigError, match="newer modeld"):
         Chats(path)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+    with small_disk(tmp_path / "disk", 256 * 1024) as disk:
+        chats = Chats(disk / "chats.db")
+        kept = chats.create("kept")
+        assert chats.say(kept.id, "user", "hello", "m")
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        with pytest.raises(InsufficientDisk, match="see that its disk has room"):
+            for number in range(1000):
+                chats.create(f"{number}")
+        assert chats.say(kept.id, "assistant", "y" * 100_000, "m") is None
+        assert [each.text for each in chats.messages(kept.id)] == ["hello"]
+        filler.unlink()
+        assert chats.say(kept.id, "assistant", "there", "m")
+        assert [each.text for each in chats.messages(kept.id)] == ["hello", "there"]
+        chats.close()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from daemon.api.context import services
 from daemon.api.errors import read_json
 from daemon.api.generation import gathered
 from daemon.api.operation import operation
 from daemon.api.pieces import aliases
-from daemon.api.pieces.questions import Answered, Frame, Question, answered, prompt
+from daemon.api.pieces.questions import Answered, Frame, Question, answered, before, prompt
 from daemon.api.pieces.turns import Turns, asked
 from daemon.api.sockets import accept, is_upgrade, serve
 from daemon.errors import InvalidRequest
@@ -26,10 +27,10 @@ def routes() -> list[web.RouteDef]:
 
 @operation(Answered, body=Question)
 async def question(request: web.Request) -> web.Response:
-    """Answer a question that is no part of a conversation."""
+    """Answer a question that is no part of a conversation; it may name messages of some."""
     body = await read_json(request, Question, strict=False)
     record = aliases.chosen(request, body.model)
-    messages = [{"role": "user", "content": prompt(body)}]
+    messages = [*before(body, services(request).chats), {"role": "user", "content": prompt(body)}]
     ((said, _),) = await gathered(request, record, [asked(messages)], Terms())
     return web.json_response(answered(said.content))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
+from daemon.chats import Chats
 from daemon.errors import InternalError, ModeldError
 
 
@@ -15,10 +16,26 @@ class Seeds(msgspec.Struct):
     iterable: list[Any] = []
 
 
+class NamedMessage(msgspec.Struct):
+    """Something that was said in a conversation, by its id."""
+
+    id: str
+
+
+class NamedMessages(msgspec.Struct):
+    """What was said before a question, in any order."""
+
+    iterable: Annotated[list[NamedMessage], msgspec.Meta(max_length=10_000)] = []
+
+
 class Question(msgspec.Struct):
-    """Body of POST /qgpt/question, and of a turn. What else clients send is of no interest here."""
+    """Body of POST /qgpt/question, and of a turn. What else clients send is of no interest here.
+
+    `messages` come before the question, as far as they are there.
+    """
 
     query: str
+    messages: NamedMessages | None = None
     relevant: Seeds | None = None
     seeds: Seeds | None = None
     model: str | None = None
@@ -63,6 +80,14 @@ class Frame(TypedDict):
     statusCode: int
     question: NotRequired[Answered]
     errorMessage: NotRequired[str]
+
+
+def before(asked: Question, chats: Chats, chat_id: str = "") -> list[dict[str, Any]]:
+    """Return what comes before a question: the messages that it names, and its conversation's."""
+    named = [message.id for message in (asked.messages or NamedMessages()).iterable]
+    said = [m for m in chats.named(named) if m.chat != chat_id] if named else []
+    said += chats.messages(chat_id) if chat_id else []
+    return [{"role": message.role, "content": message.text} for message in said]
 
 
 def prompt(asked: Question) -> str:

@@ -19,15 +19,26 @@ from daemon.api.conversation import join
 from daemon.api.pieces import aliases
 from daemon.api.pieces.conversations import name_for
 from daemon.api.pieces.messages import NO_CONVERSATION
-from daemon.api.pieces.questions import Frame, Question, Turn, answered, failed, frame, prompt
+from daemon.api.pieces.questions import (
+    Frame,
+    Question,
+    Turn,
+    answered,
+    before,
+    failed,
+    frame,
+    prompt,
+)
 from daemon.catalog.record import ModelRecord
 from daemon.chats import Chat
 from daemon.errors import (
     ContextLengthExceeded,
     EngineError,
+    InsufficientDisk,
     InternalError,
     InvalidRequest,
     ModeldError,
+    QueueFull,
 )
 
 _SAMPLING = Sampling(temperature=0)
@@ -56,6 +67,9 @@ class Lines:
     def __init__(self) -> None:
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._running: dict[asyncio.Task[None], str] = {}
+
+    def __len__(self) -> int:
+        return len(self._running)
 
     def of(self, chat_id: str) -> asyncio.Lock:
         """Return the lock that the present turn of a conversation holds; keep it while in use."""
@@ -118,6 +132,9 @@ class Turns:
         question = turn.question or turn.relevance
         if question is None:
             raise InvalidRequest("neither a question nor a relevance")
+        if len(self._lines) >= self._parts.config.models.queue_limit:
+            raise QueueFull(f"{len(self._lines)} questions wait already ([models] queue_limit)")
+        aliases.chosen(self._request, question.model)  # or there would be an empty conversation
         chat = self._chat(turn, question)
         key = turn.request or str(uuid.uuid4())
         work = asyncio.create_task(self._work(key, chat, question))
@@ -159,7 +176,7 @@ class Turns:
             if chats.get(chat.id) is None:  # it was deleted while this turn waited
                 raise InvalidRequest(NO_CONVERSATION)
             text = prompt(question)
-            history = [{"role": m.role, "content": m.text} for m in chats.messages(chat.id)]
+            history = before(question, chats, chat.id)
             record = aliases.chosen(self._request, question.model)
             question_kept = chats.say(chat.id, "user", text, record.id)
             said: list[str] = []
@@ -171,7 +188,8 @@ class Turns:
                     chats.say(chat.id, "assistant", "".join(said), record.id)
                 elif question_kept and chats.get(chat.id):
                     # Without an answer it would become a part of the next question.
-                    chats.unsay(question_kept)
+                    with contextlib.suppress(InsufficientDisk):
+                        chats.unsay(question_kept)
 
     async def _generate(
         self,
