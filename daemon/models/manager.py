@@ -182,6 +182,10 @@ class ModelManager:
         """Have the model out of memory, every byte of it, once this returns: see Residency."""
         await self._residency.unload(model_id)
 
+    async def leave(self, model_id: str) -> None:
+        """Have the model leave once nobody uses it: see Residency."""
+        await self._residency.leave(model_id)
+
     async def unload_all(self) -> None:
         """Unload every model."""
         await asyncio.gather(*map(self.unload, list(self._residency.residents)))

@@ -287,6 +287,21 @@ class Residency:
             resident.last_error = ""
             self._states.change(resident, ModelState.UNLOADED)
 
+    async def leave(self, model_id: str) -> None:
+        """Have the model leave once nobody uses it: if that is now, it is gone when this returns.
+
+        A later request that says how long it is to stay is heeded.
+        """
+        resident = self.residents.get(model_id)
+        if resident is None:
+            return
+        if not resident.in_flight:
+            await self.unload(model_id)
+        elif resident.instance is not None:
+            resident.instance.explicit, resident.instance.keep_alive_s = False, 0.0
+        else:
+            resident.carried = (False, 0.0)
+
     def forget(self, model_id: str) -> None:
         """Drop what is remembered of a model that was removed from the catalog."""
         resident = self.residents.get(model_id)

@@ -17,6 +17,7 @@ from daemon.api.ollama.names import resolve, shown
 from daemon.api.ollama.views import ChatView
 from daemon.config import Config, Downloads
 from daemon.errors import ModelNotFound
+from daemon.models import ModelState
 
 NANOSECONDS = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
 
@@ -75,6 +76,14 @@ async def test_a_generate_with_a_system_prompt_images_raw_and_suffix(client, add
     for field, value in (("system", "x"), ("images", ["iVBORw0KGgo="])):
         status, answer = await generated(prompt="a", raw=True, **{field: value})
         assert status == 400 and answer["error"].startswith(field)
+    template = "{{ if .System }}<{{ .System }}> {{ end }}{{ .Prompt }} |{{ .Response }} x"
+    status, answer = await generated(prompt="a b", system="be kind", template=template)
+    assert status == 200 and answer["response"] == "<be kind> a b |"
+    for field, value in (("raw", True), ("images", ["iVBORw0KGgo="])):
+        status, answer = await generated(prompt="a", template=template, **{field: value})
+        assert status == 400 and "not with" in answer["error"]
+    status, answer = await generated(prompt="a", template="{{ range .Messages }}")
+    assert status == 400 and answer["error"].startswith("template: ")
     status, answer = await generated(prompt="a", images=["bm8gaW1hZ2U="])
     assert status == 400 and "PNG" in answer["error"]
 
@@ -177,6 +186,24 @@ async def test_models_have_names_with_and_without_a_tag(client, add_model, servi
         assert words in caught.value.message
     missing = await client.post("/api/chat", json=ask("a", model="nobody"))
     assert missing.status == 404 and "'nobody' not found" in (await missing.json())["error"]
+
+
+@pytest.mark.parametrize("loading", [False, True])
+async def test_who_unloads_a_model_ends_nobody_elses_answer(client, add_model, services, loading):
+    model_id = await add_model("tiny", **({"test_load": "slow 1"} if loading else {}))
+    answer = asyncio.create_task(client.post("/api/chat", json=ask("!slow 100", stream=False)))
+    wanted = ModelState.LOADING if loading else ModelState.READY
+    async with asyncio.timeout(20):
+        while services.models.status(model_id).state is not wanted:
+            await asyncio.sleep(0.01)
+    told = await client.post("/api/generate", json={"model": "tiny", "keep_alive": 0})
+    assert (await told.json())["done_reason"] == "unload"
+    assert not answer.done()
+    said = (await (await answer).json())["message"]["content"]
+    assert said.split() == [f"word{number}" for number in range(100)]
+    async with asyncio.timeout(20):
+        while services.models.status(model_id).state is not ModelState.UNLOADED:
+            await asyncio.sleep(0.01)
 
 
 async def test_whether_and_how_much_to_think_reaches_the_backend(client, add_model):

@@ -77,10 +77,10 @@ def for_loading(request: web.Request, record: ModelRecord, terms: Terms) -> Term
 
 
 async def _moved(request: web.Request, record: ModelRecord, body: Generating) -> str:
-    """Load the model, or unload it, and say which."""
+    """Load the model, or have it leave once it is idle, and say which."""
     models = services(request).models
     if body.unloads:
-        await models.unload(record.id)
+        await models.leave(record.id)  # without a word to others that it is answering
         return "unload"
     await models.load(record, for_loading(request, record, body.terms(record)))
     return "load"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from backends.contract import ChatRequest, CompleteRequest, EmbedRequest, Sampling
+from daemon.api.ollama import templates
 from daemon.api.ollama.messages import Message, image_url, to_backend
 from daemon.api.openai.tools import Tool
 from daemon.api.openai.types import SEEDS
@@ -176,14 +177,15 @@ class ChatBody(Generating, kw_only=True):
 class GenerateBody(Generating, kw_only=True):
     """Body of POST /api/generate. Without a prompt it loads the model, or unloads it.
 
-    `raw` goes on from the prompt as it is; with a `suffix`, the answer is what goes in between.
-    No answer has a `context`, so that there is none to send back.
+    `raw` goes on from the prompt as it is; with a `suffix`, the answer is what goes in between. A
+    `template` makes the prompt of all three in place of the model's own. No answer has a `context`,
+    so that there is none to send back.
     """
 
     prompt: str = ""
     suffix: str | None = None
     system: str | None = None
-    template: Literal[""] | None = None
+    template: Annotated[str, msgspec.Meta(max_length=65_536)] | None = None
     context: Annotated[list[int], msgspec.Meta(max_length=0)] | None = None
     raw: bool | None = None
     images: _Images | None = None
@@ -193,10 +195,17 @@ class GenerateBody(Generating, kw_only=True):
 
     def to_backend(self) -> ChatRequest | CompleteRequest:
         """Return the request as backends take it. Raises InvalidRequest."""
+        if self.template and not self.raw:
+            self._refuse("template", "images")
+            values = {
+                "System": self.system or "",
+                "Prompt": self.prompt,
+                "Suffix": self.suffix or "",
+            }
+            prompt = templates.render(self.template, values)
+            return CompleteRequest(prompt=prompt, sampling=self.sampling())
         if self.raw or self.suffix:
-            for field in ("images", "system"):
-                if getattr(self, field):
-                    raise InvalidRequest(f"{field}: not with raw or suffix", param=field)
+            self._refuse("raw or suffix", "images", "system", "template")
             return CompleteRequest(
                 prompt=self.prompt, suffix=self.suffix or None, sampling=self.sampling()
             )
@@ -209,6 +218,11 @@ class GenerateBody(Generating, kw_only=True):
         return ChatRequest(
             messages=tuple(messages), reasoning_effort=self.effort, sampling=self.sampling()
         )
+
+    def _refuse(self, beside: str, *fields: str) -> None:
+        for field in fields:
+            if getattr(self, field):
+                raise InvalidRequest(f"{field}: not with {beside}", param=field)
 
 
 class EmbedBody(Asking, kw_only=True):
