@@ -12,7 +12,7 @@ import secrets
 from dataclasses import replace
 from typing import Any
 
-from backends.contract import BackendError, ChatRequest, ToolCall
+from backends.contract import BackendError, ChatRequest, Done, Generation, ToolCall
 
 _REFERENCE = re.compile(r"^#/(\$defs|definitions)/")
 
@@ -124,6 +124,23 @@ def parse_call(text: str) -> ToolCall | None:
         name=call["name"],
         arguments=json.dumps(call["arguments"], ensure_ascii=False),
     )
+
+
+def first_call_only(generation: Generation) -> Generation:
+    """Return the answer without all calls but the first.
+
+    llama.cpp tells its grammar that there may be but one, and a grammar that waits for the first
+    does not see what comes after that.
+    """
+    while True:
+        try:
+            piece = next(generation)
+        except StopIteration as end:
+            done: Done = end.value
+            return done
+        first = tuple(call for call in piece.tool_calls if call.index == 0)
+        if first or piece.content or piece.reasoning or piece.logprobs:
+            yield replace(piece, tool_calls=first)
 
 
 def spelled_out(

@@ -140,7 +140,10 @@ class Xllamacpp:
     def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         body = self._chat_body(request)
         handle = self._server.handle_chat_completions
-        return (yield from self._generate(handle, body, request.sampling, cancelled))
+        generation = self._generate(handle, body, request.sampling, cancelled)
+        if request.tools and not request.parallel_tool_calls:
+            generation = tools.first_call_only(generation)
+        return (yield from generation)
 
     def _chat_body(self, request: ChatRequest) -> dict[str, Any]:
         if request.tools and request.tool_choice == "auto" and "tools" not in self._chat_template:

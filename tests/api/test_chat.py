@@ -223,6 +223,11 @@ async def test_models_lists_only_what_can_answer(client, add_model):
     listed = await (await client.get("/v1/models")).json()
     assert [model["id"] for model in listed["data"]] == ["tiny"]
     assert listed["data"][0]["object"] == "model"
+    alone = await client.get("/v1/models/tiny")
+    assert await alone.json() == listed["data"][0]
+    for name, words in (("smollm2:135m-instruct-q4_1", "`modeld pull"), ("nobody", "nobody")):
+        absent = await client.get(f"/v1/models/{name}")
+        assert absent.status == 404 and words in (await absent.json())["error"]["message"]
 
 
 async def test_an_unknown_path_is_a_404_in_the_surface_s_form(client):

@@ -278,8 +278,8 @@ async def test_a_copy_and_its_original_are_removed_apart(client, add_model, serv
     assert (await client.post("/api/copy", json=absent)).status == 404
 
 
-async def test_vectors(client, add_model):
-    await add_model()
+async def test_vectors(client, add_model, services):
+    model_id = await add_model()
     body = {"model": "tiny", "input": ["one two", "three"], "options": {"num_ctx": 512}}
     found = await (await client.post("/api/embed", json=body)).json()
     expected = await (
@@ -290,8 +290,11 @@ async def test_vectors(client, add_model):
     older = {"model": "tiny", "prompt": "three"}
     vector = await (await client.post("/api/embeddings", json=older)).json()
     assert vector == {"embedding": found["embeddings"][1]}
-    none = await (await client.post("/api/embed", json={"model": "tiny", "input": []})).json()
-    assert none["embeddings"] == []
+    for nothing in ({"input": []}, {"input": ""}, {"input": None}, {}):
+        await services.models.unload(model_id)
+        none = await (await client.post("/api/embed", json={"model": "tiny", **nothing})).json()
+        assert none["embeddings"] == [], nothing
+        assert services.models.status(model_id).state is ModelState.READY
 
 
 async def test_what_is_not_done_is_said(client):

@@ -15,6 +15,7 @@ import gguf_models
 import pytest
 from contract_cases import artifact_of
 from running import RunningDaemon
+from templates import KNOWS_TOOLS
 
 from backends.gguf import prefill_batch
 from daemon.memory.measure import private_bytes
@@ -214,40 +215,6 @@ def test_a_template_without_tools_says_so_when_the_choice_is_open(daemon, sample
     body = {"model": sample, "messages": QUESTION, "tools": [WEATHER]}
     status, _, answer = daemon.request("POST", "/v1/chat/completions", body)
     assert status == 400 and "tool_choice" in answer
-
-
-# A template in the manner of Hermes and Qwen, whose calls the engine can tell from text.
-KNOWS_TOOLS = """\
-{%- if tools %}<|im_start|>system
-You may call functions. They are in <tools></tools>:
-<tools>
-{%- for tool in tools %}
-{{ tool | tojson }}
-{%- endfor %}
-</tools>
-For a call, answer with a JSON object in <tool_call></tool_call>:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call><|im_end|>
-{% endif %}
-{%- for message in messages %}
-{%- if message.role == "assistant" and message.tool_calls %}<|im_start|>assistant
-{%- for tool_call in message.tool_calls %}
-{%- if tool_call.function %}{%- set tool_call = tool_call.function %}{%- endif %}
-<tool_call>
-{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}
-</tool_call>
-{%- endfor %}<|im_end|>
-{% elif message.role == "tool" %}<|im_start|>user
-<tool_response>
-{{ message.content }}
-</tool_response><|im_end|>
-{% else %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 @pytest.fixture(scope="module")

@@ -226,15 +226,19 @@ class GenerateBody(Generating, kw_only=True):
 
 
 class EmbedBody(Asking, kw_only=True):
-    """Body of POST /api/embed. `truncate` cuts texts that are too long for the model."""
+    """Body of POST /api/embed: no text has the model loaded.
 
-    input: str | Annotated[list[str], msgspec.Meta(max_length=2048)]
+    `truncate` cuts texts that are too long for the model.
+    """
+
+    input: str | Annotated[list[str], msgspec.Meta(max_length=2048)] | None = None
     truncate: bool | None = None
     dimensions: Annotated[int, msgspec.Meta(ge=0, le=65_536)] | None = None
 
     def to_backend(self) -> EmbedRequest:
         """Return the request as backends take it."""
-        inputs = (self.input,) if isinstance(self.input, str) else tuple(self.input)
+        given = [self.input] if isinstance(self.input, str) and self.input else self.input
+        inputs = tuple(given or ())
         return EmbedRequest(
             inputs=inputs, dimensions=self.dimensions or None, truncate=self.truncate is not False
         )

@@ -10,6 +10,7 @@ from daemon.api.context import requested_model, services
 from daemon.api.openai.answers import OpenAIModel, OpenAIModelList
 from daemon.api.operation import NO_MODEL, operation
 from daemon.catalog.record import ModelRecord
+from daemon.errors import ModelNotDownloaded
 
 
 def routes() -> list[web.RouteDef]:
@@ -49,5 +50,11 @@ async def list_models(request: web.Request) -> web.Response:
 
 @operation(OpenAIModel, errors=NO_MODEL)
 async def show_model(request: web.Request) -> web.Response:
-    """Show one model."""
-    return web.json_response(_view(requested_model(request)))
+    """Show one of the models that are listed."""
+    record = requested_model(request)
+    if not record.downloaded:
+        raise ModelNotDownloaded(
+            f"{record.unique} is not on this machine: download it, as with `modeld pull "
+            f"{record.unique}`"
+        )
+    return web.json_response(_view(record))
