@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from daemon.api import anthropic, gate, native, ollama, openai, openapi, operations, pieces
+from daemon.api import (
+    anthropic,
+    gate,
+    native,
+    ollama,
+    openai,
+    openapi,
+    operations,
+    pieces,
+    streams,
+)
 from daemon.api.context import SERVICES, Services, tell_reduced
 from daemon.api.errors import errors, note_begin
 
@@ -22,7 +32,11 @@ def build(services: Services) -> web.Application:
     """Return the application that serves all surfaces."""
     server = services.config.server
     app = web.Application(
-        middlewares=[errors, gate.gate(server.allowed_hosts, server.allowed_origins)],
+        middlewares=[
+            streams.deliver,
+            errors,
+            gate.gate(server.allowed_hosts, server.allowed_origins),
+        ],
         client_max_size=_MAX_BODY_BYTES,
     )
     app.on_response_prepare.append(gate.allow_reading(server.allowed_origins))

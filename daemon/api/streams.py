@@ -1,22 +1,56 @@
 """Answers in pieces. Headers wait for the first piece, so that early failures keep their status.
 
 A client that waits long for that (while a model loads) gets the headers and, where its protocol
-allows that, comments; what fails after that is a piece too. A client that stops reading is left.
+allows that, comments; what fails after that is a piece too. A client that stops reading is left,
+as it is by answers that are whole.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from daemon.api.gate import Handler
+
 T = TypeVar("T")
 _PATIENCE_S = 3.0
 _ROOM_BYTES = 16 * 1024  # what a connection takes at once that nothing waits on
 STALLED_S = 30.0  # for how long a client may read nothing of what waits for it
+
+
+@web.middleware
+async def deliver(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Middleware: an answer that its client does not read is left, as a stream is."""
+    response = await handler(request)
+    transport = request.transport
+    if not isinstance(response, web.Response) or response.prepared or transport is None:
+        return response
+    size = len(response.body) if isinstance(response.body, bytes | bytearray) else _ROOM_BYTES
+    if size < _ROOM_BYTES and not transport.get_write_buffer_size():
+        return response  # aiohttp sends it, and nothing waits
+    sending = asyncio.ensure_future(_send(request, response))
+    try:
+        left = -1
+        while not (await asyncio.wait([sending], timeout=STALLED_S))[0]:
+            if transport.get_write_buffer_size() == left:
+                transport.abort()
+                break
+            left = transport.get_write_buffer_size()
+        with contextlib.suppress(ConnectionError):  # aiohttp sees that nobody is there
+            await sending
+    finally:
+        sending.cancel()
+    return response
+
+
+async def _send(request: web.Request, response: web.Response) -> None:
+    await response.prepare(request)
+    await response.write_eof()
 
 
 class Stream:

@@ -115,6 +115,7 @@ class ModelManager:
             in_flight=resident.in_flight,
             waiting=resident.waiting,
             load_progress=resident.progress if resident.state in _THERE else 0.0,
+            load_s=instance.load_s if instance is not None else 0.0,
             estimate_bytes=resident.estimate_bytes,
             reserved_bytes=booked.reserved_bytes if booked else 0,
             measured_bytes=booked.measured_bytes if booked else 0,

@@ -155,7 +155,8 @@ class Resident:
 class ModelStatus:
     """A model's state as the APIs show it. Bytes are of RAM.
 
-    `unloads_in_s` is how long it stays if nobody asks it anything; None: until it has to make room.
+    `load_s` is how long its load took. `unloads_in_s` is how long it stays if nobody asks it
+    anything; None: until it has to make room.
     `waits_for` says what a load waits for, if it does.
     """
 
@@ -165,6 +166,7 @@ class ModelStatus:
     in_flight: int = 0
     waiting: int = 0
     load_progress: float = 0.0
+    load_s: float = 0.0
     estimate_bytes: int = 0
     reserved_bytes: int = 0
     measured_bytes: int = 0

@@ -152,3 +152,49 @@ async def test_an_answer_that_breaks_off_is_seen_to_be_broken(
             await response.read()
     whole = await client.post(CHAT, json=ask("one two"))
     assert whole.status == 200, "the next request is not touched by it"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, ask("!words 60000")),
+        ("/v1/messages", ask("!words 60000", max_tokens=100_000)),
+        ("/api/chat", ask("!words 60000", stream=False)),
+        ("/api/chat", ask("!words 60000")),
+        ("/api/embed", {"model": "tiny", "input": ["word"] * 2048}),
+        ("/qgpt/question", {"query": "!words 60000", "relevant": {"iterable": []}}),
+    ],
+    ids=["openai", "anthropic", "ollama", "ollama-stream", "vectors", "pieces"],
+)
+async def test_an_answer_that_nobody_reads_is_dropped(
+    client, add_model, services, monkeypatch, path, body
+):
+    monkeypatch.setattr(streams, "STALLED_S", 0.5)
+    await add_model("tiny", tokenizer_chat_template="x")
+    (listening,) = client.server.runner.sites.copy().pop()._server.sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # so has what it accepts
+    open_before = len(client.server.handler.connections)
+    reader, writer = await connect(client)
+    writer.write(request_bytes(path, json.dumps(body).encode()))
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    async with asyncio.timeout(8):  # before an idle connection is closed
+        while len(client.server.handler.connections) > open_before:
+            await asyncio.sleep(0.05)
+    await gone(services)
+    writer.close()
+    answer = await client.post(CHAT, json=ask("one two"))
+    assert (await answer.json())["choices"][0]["message"]["content"] == "one two"
+
+
+async def test_a_whole_answer_that_is_read_slowly_arrives(client, add_model, monkeypatch):
+    monkeypatch.setattr(streams, "STALLED_S", 0.2)
+    await add_model()
+    reader, writer = await connect(client)
+    writer.write(request_bytes(CHAT, json.dumps(ask("!words 60000")).encode()))
+    said = b""
+    async with asyncio.timeout(WAIT_S):
+        while b"word59999" not in said:
+            said += await reader.read(32 * 1024)
+            await asyncio.sleep(0.05)
+    writer.close()
+    assert len(said) > 500_000

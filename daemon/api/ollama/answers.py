@@ -143,8 +143,14 @@ class Cost(TypedDict):
     notice: NotRequired[str]
 
 
+class Failure(TypedDict):
+    """What ends a stream that failed."""
+
+    error: str
+
+
 class ChatAnswer(Cost):
-    """An answer, or a piece of one; `error` alone is what ends a stream that failed."""
+    """An answer, or a piece of one."""
 
     message: Said
 

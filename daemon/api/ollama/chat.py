@@ -10,7 +10,7 @@ from backends import thinking
 from daemon.api.context import services
 from daemon.api.errors import read_json
 from daemon.api.generation import Asked, View, answer
-from daemon.api.ollama.answers import ChatAnswer, GenerateAnswer, timestamp
+from daemon.api.ollama.answers import ChatAnswer, Failure, GenerateAnswer, timestamp
 from daemon.api.ollama.models import chat_template
 from daemon.api.ollama.names import named
 from daemon.api.ollama.types import ChatBody, GenerateBody, Generating
@@ -28,7 +28,13 @@ def routes() -> list[web.RouteDef]:
     return [web.post("/api/chat", chat), web.post("/api/generate", generate)]
 
 
-@operation(ChatAnswer, body=ChatBody, stream=ChatAnswer, stream_type=NDJSON, errors=WORK)
+@operation(
+    ChatAnswer,
+    body=ChatBody,
+    stream=(ChatAnswer, Failure),
+    stream_type=NDJSON,
+    errors=WORK,
+)
 async def chat(request: web.Request) -> web.StreamResponse:
     """Answer a conversation; without messages, load the model or unload it."""
     body = await read_json(request, ChatBody)
@@ -48,7 +54,11 @@ async def chat(request: web.Request) -> web.StreamResponse:
 
 
 @operation(
-    GenerateAnswer, body=GenerateBody, stream=GenerateAnswer, stream_type=NDJSON, errors=WORK
+    GenerateAnswer,
+    body=GenerateBody,
+    stream=(GenerateAnswer, Failure),
+    stream_type=NDJSON,
+    errors=WORK,
 )
 async def generate(request: web.Request) -> web.StreamResponse:
     """Answer a prompt; without one, load the model or unload it."""

@@ -16,6 +16,7 @@ from daemon.api.ollama.names import named
 from daemon.api.ollama.types import EmbedBody, EmbeddingsBody
 from daemon.api.openai.vectors import numbers
 from daemon.api.operation import JSON, WORK, operation
+from daemon.models import ModelState
 
 
 def routes() -> list[web.RouteDef]:
@@ -38,12 +39,15 @@ async def embed(request: web.Request) -> web.Response:
         "prompt_eval_count": 0,
     }
     models = services(request).models
+    was_there = models.status(record.id).state is ModelState.READY
     if asked.inputs:
         found = await models.embed(record, asked, body.terms(record))
         answer["embeddings"] = [numbers(vector) for vector in found.vectors]
         answer["prompt_eval_count"] = found.usage.prompt_tokens
     else:
         await models.load(record, for_loading(request, record, body.terms(record)))
+    if not was_there:
+        answer["load_duration"] = int(models.status(record.id).load_s * 1e9)
     answer["total_duration"] = int((time.monotonic() - began) * 1e9)
     return web.Response(body=msgspec.json.encode(answer), content_type=JSON)
 

@@ -51,8 +51,11 @@ class _View:
     def _cost(self, done: Done) -> dict[str, Any]:
         """Return how the answer ended, and what it cost. Loading is what came before the prompt."""
         now = time.monotonic()
-        prompt_ns = int(done.timings.prompt_ms * _NS)
-        waited_ns = int(((self._first or now) - self._began) * 1e9)
+        prompt_ns, said_ns = (
+            int(ms * _NS) for ms in (done.timings.prompt_ms, done.timings.predicted_ms)
+        )
+        first = self._first or now - said_ns / 1e9
+        waited_ns = int((first - self._began) * 1e9)
         cost: dict[str, Any] = {
             "done_reason": "length" if done.finish_reason == "length" else "stop",
             "total_duration": int((now - self._began) * 1e9),
@@ -60,7 +63,7 @@ class _View:
             "prompt_eval_count": done.usage.prompt_tokens,
             "prompt_eval_duration": prompt_ns,
             "eval_count": done.usage.completion_tokens,
-            "eval_duration": int(done.timings.predicted_ms * _NS),
+            "eval_duration": said_ns,
         }
         return cost | ({"notice": done.notice} if done.notice else {})
 
