@@ -90,12 +90,13 @@ def requested_model(request: web.Request) -> ModelRecord:
 
 
 def asked_model(request: web.Request, name: str) -> ModelRecord:
-    """Return the model that a request names, by uuid or unique name.
+    """Return the model that a request names, by uuid or unique name, with `:latest` or without.
 
     Its answer will say so if the model was loaded with less than it should be, for want of memory.
     Raises ModelNotFound.
     """
-    record = services(request).catalog.get(name)
+    catalog = services(request).catalog
+    record = catalog.find(name) or catalog.find(name.removesuffix(":latest")) or catalog.get(name)
     request[_ASKED] = record.id
     return record
 

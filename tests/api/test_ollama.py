@@ -222,6 +222,55 @@ async def test_whether_and_how_much_to_think_reaches_the_backend(client, add_mod
     assert (await answer.json())["error"].startswith("think: plain does not think")
 
 
+async def test_what_clients_of_other_makes_send_is_taken(client, add_model):
+    """The fields that Go's client always sends, Home Assistant's numbers, Open WebUI's calls."""
+    await add_model("tiny", tokenizer_chat_template="tool_calls")
+    shown = {"model": "tiny", "system": "", "template": "", "options": None, "name": ""}
+    assert (await client.post("/api/show", json=shown | {"verbose": False})).status == 200
+    pulled = {"model": "tiny", "username": "", "password": "", "insecure": False, "name": ""}
+    assert (await client.post("/api/pull", json=pulled | {"stream": False})).status == 200
+    loaded = await client.post("/api/chat", json={"model": "tiny", "messages": None})
+    assert (await loaded.json())["done_reason"] == "load"
+    numbers = {"num_ctx": 512.0, "seed": 1.0, "top_k": -1, "num_predict": 2.0, "num_gqa": 1.0}
+    answer = await client.post("/api/chat", json=ask("a b c", options=numbers, stream=False))
+    assert (await answer.json())["eval_count"] == 2
+    called = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": {}}}
+    history = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [called]},
+        {"role": "tool", "content": "b", "tool_call_id": "c1"},
+    ]
+    body = {"model": "tiny", "messages": history, "stream": False}
+    assert (await client.post("/api/chat", json=body)).status == 200
+    for path in ("/v1/chat/completions", "/api/chat"):
+        named = ask("a", model="tiny:latest", stream=False)
+        assert (await client.post(path, json=named)).status == 200, "as /api/tags calls it"
+
+
+async def test_many_texts_at_once_are_all_embedded(client, add_model):
+    await add_model()
+    body = {"model": "tiny", "input": [f"{'x' * (number % 7 + 1)}" for number in range(5000)]}
+    found = await (await client.post("/api/embed", json=body)).json()
+    lengths = [round(vector[1] / vector[0]) for vector in found["embeddings"]]
+    assert lengths == [len(text) for text in body["input"]]
+    assert found["prompt_eval_count"] == 5000
+
+
+async def test_durations_add_up(client, add_model):
+    await add_model("tiny", test_load="slow 1")
+    for stream, cold in ((False, True), (False, False), (True, False)):
+        answer = await client.post("/api/chat", json=ask("!slow 20", stream=stream))
+        cost = json.loads((await answer.text()).splitlines()[-1])
+        parts = cost["load_duration"] + cost["prompt_eval_duration"] + cost["eval_duration"]
+        assert parts <= cost["total_duration"] * 1.05
+        assert (cost["load_duration"] > 0.9e9) is cold, cost
+    embed = {"model": "tiny", "input": "a"}
+    assert (await (await client.post("/api/embed", json=embed)).json())["load_duration"] == 0
+    await client.post("/api/generate", json={"model": "tiny", "keep_alive": 0})
+    cost = await (await client.post("/api/embed", json=embed)).json()
+    assert 0.9e9 < cost["load_duration"] <= cost["total_duration"]
+
+
 async def test_what_is_known_of_a_model_is_shown(client, add_model):
     await add_model("tiny", tokenizer_chat_template="{% if tools %}{% endif %}<think>")
     known = await (await client.post("/api/show", json={"model": "tiny"})).json()

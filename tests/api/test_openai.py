@@ -10,6 +10,7 @@ import struct
 import msgspec
 import pytest
 
+from daemon.api.openai.messages import whole
 from daemon.api.openai.types import ChatBody
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -66,6 +67,23 @@ async def shape(client, **fields):
     return dict(
         zip(names, ast.literal_eval(answer["choices"][0]["message"]["content"]), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ('{"a": 1}', '{"a": 1}'),
+        ("", "{}"),
+        ('{"a": ', '{"arguments": "{\\"a\\": "}'),
+        ("[1]", '{"arguments": "[1]"}'),
+    ],
+)
+def test_calls_that_were_cut_short_come_back_as_objects(arguments, told):
+    assert whole(arguments) == told
+    call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
+    body = {"model": "tiny", "messages": [{"role": "assistant", "tool_calls": [call]}]}
+    (message,) = msgspec.convert(body, ChatBody).to_backend().messages
+    assert message["tool_calls"][0]["function"]["arguments"] == told
 
 
 async def test_how_much_to_think_reaches_the_backend(client, model):

@@ -34,6 +34,7 @@ class CalledTool(Body, kw_only=True):
     function: CalledFunction
     id: str | None = None
     type: str | None = None
+    index: int | None = None
 
 
 class Message(Body, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -27,7 +28,7 @@ from daemon.api.operation import NO_MODEL, operation
 from daemon.catalog.record import ModelRecord
 from daemon.models import ModelState
 
-_VERSION = "0.12.11"  # the first that tells log-probabilities, as this does
+_VERSION = "0.13.5"  # of those that have /v1/responses, as this does: Codex looks at that
 _FOR_EVER = timedelta(days=100 * 365)
 _CAPABILITIES = {
     Task.CHAT: "completion",
@@ -164,9 +165,12 @@ def _tag(record: ModelRecord) -> Tag:
 
 
 def _digest(record: ModelRecord) -> str:
-    """Return the SHA-256 of the model's first file; models of upstreams have none."""
+    """Return the SHA-256 of the model's first file; of its name, if an upstream has its files.
+
+    Clients show the beginning of it, and some fail at an empty one.
+    """
     files = record.artifact.files if record.artifact else ()
-    return files[0].sha256 if files else ""
+    return files[0].sha256 if files else hashlib.sha256(record.unique.encode()).hexdigest()
 
 
 def _details(record: ModelRecord) -> Details:

@@ -22,9 +22,10 @@ from daemon.models import Priority, Terms
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 _Stop = Annotated[str, msgspec.Meta(max_length=256)]
-_Tokens = Annotated[int, msgspec.Meta(ge=-2, le=1_000_000)]
+# Some clients write whole numbers as 8192.0; what is behind the point is cut off, as Ollama does.
+_Tokens = Annotated[float, msgspec.Meta(ge=-2, le=1_000_000)]
 _Images = Annotated[list[str], msgspec.Meta(max_length=64)]
-_JSON = "json"
+_AT_ONCE = 2048  # texts that an engine gets at once
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -35,25 +36,25 @@ class Options(Body, kw_only=True):
     """How to answer. The second group has no effect here: modeld settles such things itself.
 
     `num_ctx` is the context to load the model with, at least. `num_predict` is the longest answer
-    in tokens; 0 and less are no limit.
+    in tokens; 0 and less are no limit. Less than 0 is no `top_k`, and a random `seed`.
     """
 
-    num_ctx: Annotated[int, msgspec.Meta(ge=1, le=2**24)] | None = None
+    num_ctx: Annotated[float, msgspec.Meta(ge=1, le=2**24)] | None = None
     num_predict: _Tokens | None = None
-    seed: int | None = None
+    seed: int | float | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=0, le=100_000)] | None = None
+    top_k: Annotated[float, msgspec.Meta(ge=-1, le=100_000)] | None = None
     top_p: _Share | None = None
     min_p: _Share | None = None
     repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] | None = None
     presence_penalty: _Penalty | None = None
     frequency_penalty: _Penalty | None = None
-    stop: _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], msgspec.Meta(max_length=64)] | None = None
 
     numa: bool | None = None
-    num_batch: int | None = None
-    num_gpu: int | None = None
-    main_gpu: int | None = None
+    num_batch: float | None = None
+    num_gpu: float | None = None
+    main_gpu: float | None = None
     low_vram: bool | None = None
     f16_kv: bool | None = None
     logits_all: bool | None = None
@@ -61,17 +62,21 @@ class Options(Body, kw_only=True):
     use_mmap: bool | None = None
     use_mlock: bool | None = None
     embedding_only: bool | None = None
-    num_thread: int | None = None
-    num_keep: int | None = None
+    num_thread: float | None = None
+    num_keep: float | None = None
     tfs_z: float | None = None
     typical_p: float | None = None
-    repeat_last_n: int | None = None
-    mirostat: int | None = None
+    repeat_last_n: float | None = None
+    mirostat: float | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
     penalize_newline: bool | None = None
     penalize_nl: bool | None = None
-    draft_num_predict: int | None = None
+    draft_num_predict: float | None = None
+    num_gqa: float | None = None
+    rope_frequency_base: float | None = None
+    rope_frequency_scale: float | None = None
+    new_topic_penalty: float | None = None
 
 
 class Asking(Body, kw_only=True):
@@ -91,7 +96,8 @@ class Asking(Body, kw_only=True):
 
         A context that is longer than the model's own means that: clients ask all models for one.
         """
-        length = self.options.num_ctx if self.options else None
+        wanted = self.options.num_ctx if self.options else None
+        length = None if wanted is None else int(wanted)
         most = record.artifact.context_length if record.artifact else 0
         return Terms(
             keep_alive_s=None
@@ -137,7 +143,8 @@ class Generating(Asking, kw_only=True):
         """Return the fields that engines get."""
         options = self.options or Options()
         stop = [options.stop] if isinstance(options.stop, str) else options.stop or []
-        limit = options.num_predict or 0
+        limit = int(options.num_predict or 0)
+        seed = None if options.seed is None or options.seed < 0 else int(options.seed) % SEEDS
         schema: dict[str, Any] | None = None
         if self.format:
             schema = {} if isinstance(self.format, str) else self.format
@@ -145,9 +152,9 @@ class Generating(Asking, kw_only=True):
             max_tokens=limit if limit > 0 else None,
             temperature=options.temperature,
             top_p=options.top_p,
-            top_k=options.top_k,
+            top_k=None if options.top_k is None else max(0, int(options.top_k)),
             min_p=options.min_p,
-            seed=None if options.seed is None or options.seed < 0 else options.seed % SEEDS,
+            seed=seed,
             presence_penalty=options.presence_penalty,
             frequency_penalty=options.frequency_penalty,
             repeat_penalty=options.repeat_penalty,
@@ -160,13 +167,13 @@ class Generating(Asking, kw_only=True):
 class ChatBody(Generating, kw_only=True):
     """Body of POST /api/chat. Without messages it loads the model, or unloads it."""
 
-    messages: Annotated[list[Message], msgspec.Meta(max_length=10_000)] = []
+    messages: Annotated[list[Message], msgspec.Meta(max_length=10_000)] | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
 
     def to_backend(self) -> ChatRequest:
         """Return the request as backends take it. Raises InvalidRequest."""
         return ChatRequest(
-            messages=to_backend(self.messages),
+            messages=to_backend(self.messages or ()),
             tools=tuple(tool.to_backend() for tool in self.tools or ()),
             parallel_tool_calls=True,
             reasoning_effort=self.effort,
@@ -231,17 +238,22 @@ class EmbedBody(Asking, kw_only=True):
     `truncate` cuts texts that are too long for the model.
     """
 
-    input: str | Annotated[list[str], msgspec.Meta(max_length=2048)] | None = None
+    input: str | Annotated[list[str], msgspec.Meta(max_length=100_000)] | None = None
     truncate: bool | None = None
     dimensions: Annotated[int, msgspec.Meta(ge=0, le=65_536)] | None = None
 
-    def to_backend(self) -> EmbedRequest:
-        """Return the request as backends take it."""
+    def to_backend(self) -> list[EmbedRequest]:
+        """Return the requests as backends take them, so many texts at a time; none for no text."""
         given = [self.input] if isinstance(self.input, str) and self.input else self.input
         inputs = tuple(given or ())
-        return EmbedRequest(
-            inputs=inputs, dimensions=self.dimensions or None, truncate=self.truncate is not False
-        )
+        return [
+            EmbedRequest(
+                inputs=inputs[start : start + _AT_ONCE],
+                dimensions=self.dimensions or None,
+                truncate=self.truncate is not False,
+            )
+            for start in range(0, len(inputs), _AT_ONCE)
+        ]
 
 
 class EmbeddingsBody(Asking, kw_only=True):
@@ -265,15 +277,20 @@ class NameBody(Body, kw_only=True):
 
 
 class ShowBody(NameBody, kw_only=True):
-    """Body of POST /api/show. `verbose` has no effect: all that is known is shown."""
+    """Body of POST /api/show. All but the name is without effect: all that is known is shown."""
 
     verbose: bool | None = None
+    system: str | None = None
+    template: str | None = None
+    options: dict[str, Any] | None = None
 
 
 class PullBody(NameBody, kw_only=True):
-    """Body of POST /api/pull. `insecure` has no effect: addresses say what they are."""
+    """Body of POST /api/pull. Only `stream` has an effect: addresses and settings say the rest."""
 
     insecure: bool | None = None
+    username: str | None = None
+    password: str | None = None
     stream: bool | None = None
 
 

@@ -40,11 +40,11 @@ async def embed(request: web.Request) -> web.Response:
     }
     models = services(request).models
     was_there = models.status(record.id).state is ModelState.READY
-    if asked.inputs:
-        found = await models.embed(record, asked, body.terms(record))
-        answer["embeddings"] = [numbers(vector) for vector in found.vectors]
-        answer["prompt_eval_count"] = found.usage.prompt_tokens
-    else:
+    for texts in asked:
+        found = await models.embed(record, texts, body.terms(record))
+        answer["embeddings"] += [numbers(vector) for vector in found.vectors]
+        answer["prompt_eval_count"] += found.usage.prompt_tokens
+    if not asked:
         await models.load(record, for_loading(request, record, body.terms(record)))
     if not was_there:
         answer["load_duration"] = int(models.status(record.id).load_s * 1e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -25,6 +26,7 @@ class ImageUrl(Body):
 
     url: str
     detail: str | None = None
+    media_type: str | None = None
 
 
 class ImagePart(Body, tag_field="type", tag="image_url", kw_only=True):
@@ -44,6 +46,20 @@ class CalledFunction(Body):
     parsed_arguments: Any = None
 
 
+def whole(arguments: str) -> str:
+    """Return the arguments of an earlier call as a JSON object, which templates insist on. Pure.
+
+    A call that was cut short comes back as it was; without this it would spoil all that follows.
+    """
+    try:
+        given = json.loads(arguments or "{}")
+    except ValueError:
+        given = None
+    if isinstance(given, dict):
+        return arguments or "{}"
+    return json.dumps({"arguments": arguments}, ensure_ascii=False)
+
+
 class CalledTool(Body):
     """A call in an assistant's message."""
 
@@ -54,7 +70,7 @@ class CalledTool(Body):
 
     def to_backend(self) -> dict[str, Any]:
         """Return the call as chat templates want it."""
-        function = {"name": self.function.name, "arguments": self.function.arguments}
+        function = {"name": self.function.name, "arguments": whole(self.function.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -79,6 +95,11 @@ class Message(Body, kw_only=True):
     parsed: Any = None
     audio: None = None
     function_call: None = None
+    cache_control: Any = None
+    copilot_cache_control: Any = None
+    cot_id: Any = None
+    cot_summary: Any = None
+    provider_specific_fields: Any = None
 
     def to_backend(self) -> dict[str, Any]:
         """Return the message as chat templates want it; text alone is one string."""

@@ -27,6 +27,7 @@ class Tool(Body):
 
     function: Function
     type: Literal["function"] = "function"
+    cache_control: Any = None
 
     def to_backend(self) -> dict[str, Any]:
         """Return the tool without what was not given."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from daemon.api.conversation import Content, join
-from daemon.api.openai.messages import Body
+from daemon.api.openai.messages import Body, whole
 from daemon.errors import InvalidRequest
 
 
@@ -117,7 +117,7 @@ def to_backend(items: Sequence[InputItem]) -> list[dict[str, Any]]:
 
 
 def _call(item: InputItem) -> dict[str, Any]:
-    function = {"name": item.name, "arguments": item.arguments}
+    function = {"name": item.name, "arguments": whole(item.arguments or "")}
     return {"id": item.call_id, "type": "function", "function": function}
 
 

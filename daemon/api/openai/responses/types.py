@@ -197,6 +197,7 @@ class ResponseBody(CountBody, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+    client_metadata: dict[str, Any] | None = None
 
     def to_backend(self) -> ChatRequest:
         """Return the request as backends take it. Raises InvalidRequest."""
