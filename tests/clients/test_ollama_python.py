@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import gguf_models
@@ -14,8 +16,10 @@ import ollama
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings
+from pictures import png
 from pydantic import BaseModel
 from running import SAMPLE, RunningDaemon
+from templates import PONDERING
 
 QUESTION = "Where is the Eiffel Tower?"
 MESSAGES = [{"role": "user", "content": QUESTION}]
@@ -148,6 +152,74 @@ def test_a_function_is_a_tool(client: ollama.Client, tooled: str) -> None:
     assert (told.prompt_eval_count or 0) > (answer.prompt_eval_count or 0) + 20
     with pytest.raises(ollama.ResponseError, match="knows no tools"):
         client.chat(SAMPLE, asked, tools=[weather])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_thoughts_are_apart_and_can_be_turned_off(
+    daemon: RunningDaemon, client: ollama.Client, tmp_path: Path, stream: bool
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.hardlink_to(gguf_models.smollm2())
+    body = {"source": str(path), "unique": "pondering", "chat_template": PONDERING}
+    daemon.json("POST", "/modeld/v1/models", body | {"backend": "xllamacpp"})
+    daemon.download("pondering")
+    try:
+        for think in (None, True, False):
+            fields = {"options": GREEDY, "think": think, "stream": stream}
+            chat = client.chat("pondering", MESSAGES, **fields)
+            said = [piece.message for piece in (chat if stream else [chat])]
+            generated = client.generate("pondering", QUESTION, **fields)
+            pieces = list(generated if stream else [generated])
+            thoughts = "".join(each.thinking or "" for each in said)
+            text = "".join(each.content or "" for each in said)
+            assert (thoughts == "", text != "") == (think is False, think is False)
+            assert thoughts == "".join(each.thinking or "" for each in pieces)
+            assert text == "".join(each.response or "" for each in pieces)
+            assert "think>" not in thoughts + text
+        with pytest.raises(ollama.ResponseError, match="does not think"):
+            client.chat(SAMPLE, MESSAGES, think=True)
+    finally:
+        daemon.json("DELETE", "/modeld/v1/models/pondering")
+
+
+def test_an_image_is_seen(client: ollama.Client) -> None:
+    plain = client.generate("seeing", "Look", options={"temperature": 0, "num_predict": 1})
+
+    def look(shade: int) -> tuple[float, int]:
+        fields = {"options": {"temperature": 0, "num_predict": 1}, "logprobs": True}
+        image = ollama.Image(value=base64.b64encode(png(shade)).decode())
+        message = {"role": "user", "content": "Look", "images": [image]}
+        chat = client.chat("seeing", [message], **fields)
+        generated = client.generate("seeing", "Look", images=[image], **fields)
+        assert chat.logprobs and generated.logprobs
+        assert abs(chat.logprobs[0].logprob - generated.logprobs[0].logprob) < 0.05
+        return chat.logprobs[0].logprob, chat.prompt_eval_count or 0
+
+    (dark, tokens), (bright, _) = look(10), look(250)
+    assert abs(dark - bright) > 1e-3
+    assert tokens > (plain.prompt_eval_count or 0) + 8
+    with pytest.raises(ollama.ResponseError, match="vision"):
+        image = ollama.Image(value=base64.b64encode(png(10)).decode())
+        client.generate(SAMPLE, "Look", images=[image])
+
+
+def test_a_stop_sequence_and_a_template(client: ollama.Client) -> None:
+    whole = client.chat(SAMPLE, MESSAGES, options=GREEDY).message.content or ""
+    cut = client.chat(SAMPLE, MESSAGES, options={**GREEDY, "stop": ["Paris"]})
+    assert cut.message.content == whole[: whole.index("Paris")] and cut.done_reason == "stop"
+    template = "{{ if .System }}{{ .System }} {{ end }}{{ .Prompt }}{{ .Response }}, and no more"
+    fields = {"template": template, "system": "1, 2,", "options": GREEDY}
+    counted = client.generate(SAMPLE, "3, 4,", **fields)
+    assert " 5, 6" in (counted.response or "")
+
+
+def test_how_long_a_model_stays_is_told(client: ollama.Client) -> None:
+    for keep_alive, seconds in (("10m", 600), (600, 600), ("1h30m", 5400)):
+        client.generate(SAMPLE, QUESTION, options={"num_predict": 1}, keep_alive=keep_alive)
+        (running,) = [each for each in client.ps().models if each.model == SAMPLE]
+        assert running.expires_at is not None
+        stays_s = (running.expires_at - datetime.now(UTC)).total_seconds()
+        assert abs(stays_s - seconds) < 10
 
 
 def test_models_are_listed_shown_loaded_copied_and_removed(client: ollama.Client) -> None:
