@@ -205,7 +205,8 @@ def test_what_a_model_thinks_is_a_block_of_its_own(client):
     assert streamed.signature == block.signature
     said = [*ASK["messages"], {"role": "assistant", "content": [block]}, QUESTION]
     assert say(client, model="pondering", messages=said).usage.output_tokens
-    assert say(client, model="pondering", thinking={"type": "disabled"}).content == []
+    (answer,) = say(client, model="pondering", thinking={"type": "disabled"}).content
+    assert answer.type == "text" and answer.text and "think>" not in answer.text
 
 
 # images
