@@ -9,7 +9,7 @@ import socket
 import time
 
 import pytest
-from aiohttp import ClientConnectionError, ClientPayloadError
+from aiohttp import ClientConnectionError, ClientPayloadError, WSMsgType
 
 from daemon.api import errors, streams
 from daemon.api.openai.chat import _ChatView
@@ -106,6 +106,41 @@ async def test_100_megabytes_are_refused(client, path, told):
     except ClientConnectionError:
         pass  # it was still sending when it was refused
     assert sent < 60_000_000
+    assert (await client.get("/health")).status == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/api/chat", "/qgpt/question"])
+@pytest.mark.parametrize("told", [True, False])
+async def test_who_sends_100_megabytes_hears_why_not(client, path, told):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    length = f"Content-Length: {10**8}" if told else "Transfer-Encoding: chunked"
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}{length}\r\n\r\n".encode())
+    answer = asyncio.create_task(reader.read(2048))
+    part = b"x" * 10**6
+    sent = 0
+    async with asyncio.timeout(WAIT_S):
+        while not answer.done() and sent < 100:
+            writer.write(part if told else b"%x\r\n%b\r\n" % (len(part), part))
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+            sent += 1
+            await asyncio.sleep(0.01)
+        said = await answer
+    writer.close()
+    assert said.startswith(b"HTTP/1.1 413") and b"20" in said and sent < 60
+    assert (await client.get("/health")).status == 200
+
+
+@pytest.mark.parametrize("path", ["/qgpt/stream", "/modeld/v1/events"])
+async def test_100_megabytes_over_a_websocket_end_it(client, path):
+    async with client.ws_connect(path, max_msg_size=0) as opened:
+        with contextlib.suppress(ConnectionError):
+            await opened.send_str("x" * 10**8)
+        async with asyncio.timeout(WAIT_S):
+            while (message := await opened.receive()).type is WSMsgType.TEXT:
+                pass
+        assert message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.ERROR)
     assert (await client.get("/health")).status == 200
 
 
