@@ -14,6 +14,7 @@ from pathlib import Path
 import gguf_models
 import ollama
 import pytest
+from hub import Faults, LocalHub
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from pictures import png
@@ -251,6 +252,30 @@ def test_a_pull_of_what_is_here_succeeds_and_of_nothing_says_so(client: ollama.C
     assert [each.status for each in client.pull(SAMPLE, stream=True)][-1] == "success"
     with pytest.raises(ollama.ResponseError, match="file does not exist"):
         client.pull("nobody")
+
+
+def test_a_pull_tells_its_progress_and_what_it_pulled_answers_by_that_name(
+    tmp_path: Path,
+) -> None:
+    name = "hf.co/owner/repo:Q4_1"
+    with LocalHub() as hub:
+        hub.add("owner/repo", {"model-Q4_1.gguf": gguf_models.smollm2()})
+        hub.faults = Faults(rate_bytes_s=16 * 2**20)
+        daemon = RunningDaemon(tmp_path, HF_ENDPOINT=hub.url)
+        try:
+            daemon.start()
+            with contextlib.closing(ollama.Client(host=daemon.url)) as client:
+                told = list(client.pull(name, stream=True))
+                sizes = [each.completed for each in told if each.completed is not None]
+                assert len(set(sizes)) > 3 and sizes == sorted(sizes)
+                totals = {each.total for each in told if each.total}
+                assert told[-1].status == "success" and totals == {sizes[-1]}
+                assert all(each.digest for each in told if each.completed)
+                assert client.list().models
+                answer = client.chat(name, MESSAGES, options=GREEDY)
+                assert "Paris" in (answer.message.content or "")
+        finally:
+            daemon.stop()
 
 
 def test_vectors(daemon: RunningDaemon, client: ollama.Client) -> None:

@@ -5,6 +5,7 @@ They look for the daemon at the ports of Pieces OS, so it listens at one of them
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from running import SAMPLE, RunningDaemon, environment
 
@@ -122,11 +124,36 @@ def test_the_sdk_s_client_chats(daemon: RunningDaemon, clean: dict[str, str]) ->
 
 
 def test_conversations_outlive_the_daemon(daemon: RunningDaemon) -> None:
+    """Killed twice: what was said is there after it, and what was deleted is not."""
+    kept, deleted = (
+        daemon.json("POST", "/conversations/create", {"type": "COPILOT", "name": name})["id"]
+        for name in ("kept", "deleted")
+    )
+
+    async def ask() -> None:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{daemon.url}/qgpt/stream") as socket,
+        ):
+            for key in (kept, deleted):
+                await socket.send_json({"question": {"query": QUESTION}, "conversation": key})
+                while (await socket.receive_json(timeout=60))["status"] != "COMPLETED":
+                    pass
+
+    asyncio.run(ask())
     before = daemon.json("GET", "/conversations")
-    assert before["iterable"]
+    said = daemon.json("GET", f"/conversation/{kept}/messages")
+    texts = [message["fragment"]["string"]["raw"] for message in said["iterable"]]
+    assert texts[0] == QUESTION and "Paris" in texts[1] and len(texts) == 2
     daemon.kill()
     daemon.start()
     assert daemon.json("GET", "/conversations") == before
+    assert daemon.json("GET", f"/conversation/{kept}/messages") == said
+    assert daemon.request("POST", f"/conversations/{deleted}/delete")[0] == 204
+    daemon.kill()
+    daemon.start()
+    assert daemon.request("GET", f"/conversation/{deleted}")[0] == 410
+    assert daemon.json("GET", f"/conversation/{kept}/messages") == said
 
 
 @pytest.fixture
@@ -182,3 +209,15 @@ def test_pieces_list_models_shows_them(
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     for name in ("SmolLM2 135M Instruct", *ALIASES):
         assert name in text
+
+
+def test_the_version_that_clients_see_is_a_setting(tmp_path: Path) -> None:
+    daemon = RunningDaemon(tmp_path, MODELD_SERVER_PIECES_VERSION="12.3.4")
+    try:
+        daemon.start()
+        assert daemon.request("GET", "/.well-known/version")[2] == "12.3.4"
+        application = {"name": "VS_CODE", "platform": "LINUX", "version": "1"}
+        connected = daemon.json("POST", "/connect", {"application": application})
+        assert connected["health"]["os"]["version"] == "12.3.4"
+    finally:
+        daemon.stop()

@@ -109,6 +109,16 @@ def test_models_of_another_modeld_are_cloud_models_here(near, sample_daemon):
     assert not listed(sample_daemon)[SAMPLE]["cloud"]
     ids = [entry["id"] for entry in near.json("GET", "/v1/models")["data"]]
     assert FAR in ids and SAMPLE not in ids
+    tags = {each["name"]: each for each in near.json("GET", "/api/tags")["models"]}
+    assert FAR in tags and SAMPLE not in tags
+    assert len(tags[FAR]["digest"]) == 64, "some clients fail at an empty one"
+    assert near.json("POST", "/api/show", {"model": FAR})["capabilities"]
+    options = {"temperature": 0, "num_predict": 24}
+    chat = {"model": FAR, "messages": EIFFEL, "options": options, "stream": False}
+    status, there = ask(near, FAR)
+    assert status == 200
+    said = json.loads(there)["choices"][0]["message"]["content"]
+    assert near.json("POST", "/api/chat", chat)["message"]["content"] == said
 
 
 def test_a_stream_is_the_same_here_as_there(near, sample_daemon):
