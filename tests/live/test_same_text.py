@@ -248,3 +248,25 @@ async def test_sixteen_turns_of_one_socket_say_what_the_engine_says(daemon, own)
                 await socket.send_json({"conversation": frame["conversation"], "stop": True})
     for text, own_text in zip(texts, expected, strict=True):
         assert text.startswith(own_text)
+
+
+async def test_sixteen_sockets_say_what_the_engine_says(daemon, own):
+    """Each has one turn, as sixteen apps would ask, and leaves in the middle of the answer."""
+    expected = own[False, False]
+    model_id = daemon.model(MODEL)["id"]
+    async with aiohttp.ClientSession() as session:
+
+        async def turn(number: int) -> str:
+            text = ""
+            async with session.ws_connect(f"{daemon.url}/qgpt/stream") as socket:
+                asked = {"query": PROMPTS[number], "model": model_id}
+                await socket.send_json({"relevance": asked})
+                while len(text) < len(expected[number]):
+                    frame = await socket.receive_json(timeout=60)
+                    assert frame["status"] == "IN-PROGRESS", frame
+                    text += frame["question"]["answers"]["iterable"][0]["text"]
+            return text
+
+        texts = await asyncio.gather(*map(turn, range(STREAMS)))
+    for text, own_text in zip(texts, expected, strict=True):
+        assert text.startswith(own_text)
