@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -78,7 +77,7 @@ async def test_each_piece_is_as_described(client, add_model, path, body):
     text = await response.text()
     assert response.status == 200, text
     content = document["paths"][path]["post"]["responses"]["200"]["content"]
-    schema = strict(copy.deepcopy(content[response.content_type]["x-itemSchema"]))
+    schema = strict(content[response.content_type]["x-itemSchema"])
     schema["components"] = strict(document["components"])
     validator = jsonschema.Draft202012Validator(schema)
     pieces = pieces_of(text, response.content_type)

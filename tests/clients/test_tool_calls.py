@@ -81,6 +81,21 @@ def test_openai_chat(url, called, stream):
         assert client.chat.completions.create(**fields).choices[0].message
 
 
+@pytest.mark.parametrize("arguments", ["", '{"city": "Par', "[]"])
+def test_a_call_that_was_cut_short_spoils_nothing_that_follows(url, arguments):
+    call = {"id": "c1", "type": "function"}
+    call["function"] = {"name": "weather", "arguments": arguments}
+    messages = [
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "It is sunny."},
+    ]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
+        fields = {"model": MODEL, "messages": messages, "tools": [CHAT_TOOL]}
+        answer = client.chat.completions.create(**fields, max_completion_tokens=8)
+        assert answer.choices[0].finish_reason
+
+
 @CASES
 @STREAMED
 def test_openai_responses(url, called, stream):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.contract import ChatRequest, Sampling, Upstream
+from backends.contract import REASONING_EFFORTS, ChatRequest, Sampling, Upstream
 from backends.remote import bodies
 from daemon import config, sources
 from daemon.config import Config, Remote
@@ -218,6 +218,12 @@ def test_tools_and_their_choice_are_sent(choice, sent):
     body = bodies.chat(request, "m")
     assert body["tools"] == [tool] and body["parallel_tool_calls"] is False
     assert body.get("tool_choice") == sent
+
+
+@pytest.mark.parametrize("effort", [None, *REASONING_EFFORTS])
+def test_how_much_to_think_is_passed_on(effort):
+    body = bodies.chat(ChatRequest(messages=(), reasoning_effort=effort), "m")
+    assert body.get("reasoning_effort") == effort and ("reasoning_effort" in body) is bool(effort)
 
 
 def test_any_json_is_asked_for_by_its_own_name():
