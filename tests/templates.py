@@ -46,3 +46,18 @@ For a call, answer with a JSON object in <tool_call></tool_call>:
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+
+# A template in the manner of Gemma 2 and Mistral 7B: a user and an assistant who take turns.
+ALTERNATES = """\
+{%- for message in messages %}
+{%- if message.role not in ('user', 'assistant') %}
+{{- raise_exception('Only user and assistant roles are supported!') }}
+{%- endif %}
+{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from backends import thinking
+from backends import thinking, turns
 from backends.contract import BackendError, ChatRequest
 
 
@@ -42,13 +42,10 @@ class ChatTemplate:
 
         The engine puts the token that begins a text before it, where the model has one.
         """
-        try:
-            return self._template.render(
-                messages=[_plain(message) for message in request.messages],
-                add_generation_prompt=True,
-                bos_token="",
-                eos_token="",
-                **thinking.variables(request),
-            )
-        except Exception as error:
-            raise BackendError("invalid_request", f"the chat template refused: {error}") from error
+        told = thinking.variables(request)
+        return turns.rendered(
+            lambda messages: self._template.render(
+                messages=messages, add_generation_prompt=True, bos_token="", eos_token="", **told
+            ),
+            [_plain(message) for message in request.messages],
+        )

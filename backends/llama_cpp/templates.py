@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from backends import images, thinking
+from backends import images, thinking, turns
 from backends.contract import BackendError, ChatRequest
 
 _PROBE = "which form of content does this template read"
@@ -56,10 +56,8 @@ class ChatTemplate:
         images.check(messages)
         found: list[bytes] = []
         plain = [self._flattened(message, found) for message in messages]
-        try:
-            text = self._render(plain, **thinking.variables(request))
-        except Exception as error:
-            raise BackendError("invalid_request", f"the chat template refused: {error}") from error
+        told = thinking.variables(request)
+        text = turns.rendered(lambda messages: self._render(list(messages), **told), plain)
         if found and text.count(self._image_marker) != len(found):
             raise BackendError("invalid_request", "this model's chat template drops images")
         return text, found

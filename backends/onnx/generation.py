@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from backends import thinking
+from backends import thinking, turns
 from backends.contract import (
     BackendError,
     Cancelled,
@@ -97,15 +97,17 @@ class Generator:
                 "the onnx backend cannot call tools: leave `tools` out, or use a GGUF model",
             )
         messages = [{**message, "content": _plain(message)} for message in request.messages]
-        try:
-            rendered: str = self._tokenizer.apply_chat_template(
-                messages=json.dumps(messages),
-                template_str=thinking.settings(request) + self._template,
-                add_generation_prompt=True,
+        template = thinking.settings(request) + self._template
+
+        def render(messages: Sequence[dict[str, Any]]) -> str:
+            told = json.dumps(messages)
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages=told, template_str=template, add_generation_prompt=True
+                )
             )
-        except Exception as error:
-            raise BackendError("invalid_request", f"the chat template refused: {error}") from error
-        return rendered
+
+        return turns.rendered(render, messages)
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""

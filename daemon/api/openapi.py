@@ -127,7 +127,7 @@ def _error_type(path: str) -> Any:
 
 
 def _types(path: str, about: Operation) -> Iterable[Any]:
-    for type_ in (about.body, about.query, *_pieces(about), *about.answers.values()):
+    for type_ in (about.body, about.query, about.frames, *_pieces(about), *about.answers.values()):
         if type_ is not None and type_ is not str:
             yield type_
     yield _error_type(path)
@@ -191,8 +191,9 @@ def _responses(schemas: _Schemas, path: str, about: Operation) -> dict[str, Any]
                 "x-itemSchema": pieces[0] if len(pieces) == 1 else {"anyOf": pieces},
             }
         responses[str(status)] = _response(status, content)
-    if about.socket:
-        responses["101"] = {"description": "A WebSocket"}
+    if about.frames is not None:
+        frame = {"type": "string"} if about.frames is str else schemas.of(about.frames)
+        responses["101"] = {"description": "A WebSocket", "x-itemSchema": frame}
     error = {"schema": schemas.of(_error_type(path))}
     content = {TEXT: {"schema": {"type": "string"}}} if is_pieces(path) else {JSON: error}
     for status in sorted(_error_statuses(path, about)):

@@ -53,8 +53,8 @@ class Operation:
 
     `answers` are the types of what succeeds, by status; None: no body, `str`: plain text. `stream`
     is the type of the pieces of an answer that is sent in pieces, as `stream_type`, or a tuple of
-    their types. `errors` are those that it may answer with, besides the gate's. `socket`: a
-    WebSocket may be opened there.
+    their types. `errors` are those that it may answer with, besides the gate's. `frames` is the
+    type of what comes over a WebSocket, where one may be opened.
     """
 
     body: Any = None
@@ -64,7 +64,7 @@ class Operation:
     stream: Any = None
     stream_type: str = SSE
     errors: tuple[type[ModeldError], ...] = ()
-    socket: bool = False
+    frames: Any = None
 
 
 def operation(
@@ -77,7 +77,7 @@ def operation(
     stream: Any = None,
     stream_type: str = SSE,
     errors: tuple[type[ModeldError], ...] = (),
-    socket: bool = False,
+    frames: Any = None,
 ) -> Callable[[H], H]:
     """Describe a handler: see Operation. `answer` is short for `answers={200: answer}`."""
     if body is not None:
@@ -88,11 +88,11 @@ def operation(
         body=body,
         optional_body=optional_body,
         query=query,
-        answers=answers or {200: answer},
+        answers={200: answer} if answers is None else answers,
         stream=stream,
         stream_type=stream_type,
         errors=errors,
-        socket=socket,
+        frames=frames,
     )
 
     def describe(handler: H) -> H:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from daemon.api.conversation import Content, join
+from backends.turns import Content, join
 from daemon.errors import InvalidRequest
 
 

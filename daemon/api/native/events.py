@@ -33,7 +33,7 @@ def routes() -> list[web.RouteDef]:
     return [web.get(f"{BASE}/events", events)]
 
 
-@operation(stream=Event, socket=True)
+@operation(stream=Event, frames=Event)
 async def events(request: web.Request) -> web.StreamResponse:
     """Push all that changes: as server-sent events, or over a WebSocket."""
     parts = services(request)

@@ -152,7 +152,7 @@ async def user(request: web.Request) -> web.Response:
     return web.json_response(answer)
 
 
-@operation(UserProfile, socket=True)
+@operation(UserProfile, frames=UserProfile)
 async def stream_user(request: web.Request) -> web.StreamResponse:
     """Push the local user, once: nothing about it ever changes."""
     if not is_upgrade(request):

@@ -35,7 +35,7 @@ async def question(request: web.Request) -> web.Response:
     return web.json_response(answered(said.content))
 
 
-@operation(Frame, socket=True)
+@operation(answers={}, frames=Frame)
 async def stream(request: web.Request) -> web.StreamResponse:
     """Answer the questions that come over a WebSocket; one may carry many, also at once."""
     if not is_upgrade(request):

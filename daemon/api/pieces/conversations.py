@@ -126,7 +126,7 @@ async def all_identifiers(request: web.Request) -> web.Response:
     return web.json_response(_references([chat.id for chat in services(request).chats.all()]))
 
 
-@operation(Identifiers, socket=True)
+@operation(Identifiers, frames=Identifiers)
 async def identifiers(request: web.Request) -> web.StreamResponse:
     """Push every conversation's id, then the ids of those that change or are deleted."""
     chats = services(request).chats

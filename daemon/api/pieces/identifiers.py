@@ -43,13 +43,13 @@ def routes() -> list[web.RouteDef]:
     ]
 
 
-@operation(Identifiers, socket=True)
+@operation(Identifiers, frames=Identifiers)
 async def nothing(request: web.Request) -> web.StreamResponse:
     """Push that there is nothing of this kind, and never will be."""
     return await push_identifiers(request, "model", (), lambda _: lambda: None)
 
 
-@operation(VisionStatus, socket=True)
+@operation(VisionStatus, frames=VisionStatus)
 async def no_vision(request: web.Request) -> web.StreamResponse:
     """Stay open and push nothing: modeld watches nobody. Clients wait for it to open."""
     if not is_upgrade(request):

@@ -44,7 +44,7 @@ def frame(update: Update) -> Frame:
     return {"status": status, "percentage": update.percentage}
 
 
-@operation(Frame, socket=True)
+@operation(Frame, frames=Frame)
 async def download_progress(request: web.Request) -> web.StreamResponse:
     """Push a model's download progress; a plain GET gets the present state once."""
     parts, record = services(request), aliases.meant(request, request.match_info["model"])
@@ -67,7 +67,7 @@ def _present(request: web.Request, model_id: str, *, downloaded: bool) -> Frame:
     return {"status": "COMPLETED", "percentage": 100.0} if downloaded else {"status": "UNKNOWN"}
 
 
-@operation(Identifiers, socket=True)
+@operation(Identifiers, frames=Identifiers)
 async def identifiers(request: web.Request) -> web.StreamResponse:
     """Push every model's id, then the ids of those that change or are deleted."""
     catalog = services(request).catalog

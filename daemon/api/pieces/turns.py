@@ -14,8 +14,8 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from backends.contract import ChatRequest, Delta, Done, Sampling
+from backends.turns import join
 from daemon.api.context import services
-from daemon.api.conversation import join
 from daemon.api.pieces import aliases
 from daemon.api.pieces.conversations import name_for
 from daemon.api.pieces.messages import NO_CONVERSATION

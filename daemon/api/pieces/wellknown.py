@@ -43,7 +43,7 @@ async def installation_path(_: web.Request) -> web.Response:
     return web.Response(text=str(Path(daemon.__file__).parent))
 
 
-@operation(str, socket=True)
+@operation(str, frames=str)
 async def stream_health(request: web.Request) -> web.StreamResponse:
     """Push `ok` from time to time."""
     if not is_upgrade(request):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from daemon.api.conversation import Content, join
+from backends.turns import Content, join
 from daemon.api.openai.messages import Body, whole
 from daemon.errors import InvalidRequest
 
