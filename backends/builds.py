@@ -27,6 +27,15 @@ def instruction_sets(system_info: str) -> tuple[str, ...]:
     return tuple(re.findall(r"(\w+) = 1\b", system_info))
 
 
+def lays_out_anew(system_info: str) -> bool:
+    """Say whether a build may keep weights in layouts of its own for the CPU.
+
+    What lays them out for Intel's AMX may crash at the first prompt (its threads load a broken tile
+    configuration: github.com/ggml-org/llama.cpp/pull/26954), and there is one switch for all.
+    """
+    return "AMX_INT8" not in instruction_sets(system_info)
+
+
 def gpu_vendors(devices: Iterable[str]) -> tuple[str, ...]:
     """Return the vendors whose GPUs the engine's `devices` (`CUDA0`, `Vulkan1`, `CPU`) are."""
     found = {

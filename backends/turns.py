@@ -15,6 +15,13 @@ from backends.tools import spelled_out
 Content = str | list[dict[str, Any]]
 
 
+class Refused(BackendError):
+    """A chat template can't express a conversation, and says why."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__("invalid_request", f"the chat template refused: {words}")
+
+
 def join(conversation: list[dict[str, Any]], message: dict[str, Any]) -> None:
     """Add a message; what is of the same role as the last one becomes a part of that.
 
@@ -77,7 +84,7 @@ def rendered(
 ) -> str:
     """Return what a chat template makes of the first variant that it takes.
 
-    Raises BackendError("invalid_request") with its words if it takes none.
+    Raises Refused if it takes none.
     """
     refusals: list[Exception] = []
     for variant in variants(messages):
@@ -85,9 +92,4 @@ def rendered(
             return render(variant)
         except Exception as error:  # noqa: BLE001  whatever a template does not like
             refusals.append(error)
-    raise refused(str(refusals[0])) from refusals[0]
-
-
-def refused(words: str) -> BackendError:
-    """Return the error for a conversation that a chat template can't express, in its words."""
-    return BackendError("invalid_request", f"the chat template refused: {words}")
+    raise Refused(str(refusals[0])) from refusals[0]

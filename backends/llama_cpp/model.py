@@ -185,6 +185,8 @@ def _model_params(placement: Placement, progress: Progress) -> Any:
     params.n_gpu_layers, shares = gpu_split(placement, _NVIDIA)
     split = (ctypes.c_float * llama_cpp.llama_max_devices())(*shares)
     params.tensor_split = ctypes.cast(split, type(params.tensor_split))
+    said = llama_cpp.llama_print_system_info().decode("utf-8", "replace")
+    params.use_extra_bufts = builds.lays_out_anew(said)
     told = -1
 
     def report(fraction: float, _: object) -> bool:

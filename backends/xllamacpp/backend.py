@@ -5,12 +5,12 @@ Owns what each task asks of the engine, and what is refused before the engine se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-from backends import builds, gguf, images, tools, vectors
+from backends import builds, gguf, images, tools, turns, vectors
 from backends.contract import (
     Artifact,
     BackendError,
@@ -138,14 +138,20 @@ class Xllamacpp:
         return (yield from self._chat(request, cancelled))
 
     def _chat(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
-        body = self._chat_body(request)
-        handle = self._server.handle_chat_completions
-        generation = self._generate(handle, body, request.sampling, cancelled)
-        if request.tools and not request.parallel_tool_calls:
-            generation = tools.first_call_only(generation)
-        return (yield from generation)
+        refusals: list[BackendError] = []
+        for body in self._chat_bodies(request):
+            handle = self._server.handle_chat_completions
+            generation = self._generate(handle, body, request.sampling, cancelled)
+            if request.tools and not request.parallel_tool_calls:
+                generation = tools.first_call_only(generation)
+            try:
+                return (yield from generation)
+            except turns.Refused as error:  # before anything was said
+                refusals.append(error)
+        raise refusals[0]
 
-    def _chat_body(self, request: ChatRequest) -> dict[str, Any]:
+    def _chat_bodies(self, request: ChatRequest) -> Iterator[dict[str, Any]]:
+        """Yield what the engine is asked, then the same for templates that refused the former."""
         if request.tools and request.tool_choice == "auto" and "tools" not in self._chat_template:
             raise BackendError(
                 "invalid_request",
@@ -155,16 +161,24 @@ class Xllamacpp:
         gguf.refuse_hopeless(request, self._context_length)
         images.check(request.messages)
         body = bodies.chat_body(request)
-        body["messages"] = list(tools.spelled_out(request.messages, self._chat_template))
-        return body
+        spelled_out = tools.spelled_out(request.messages, self._chat_template)
+        for messages in turns.variants(spelled_out):
+            yield body | {"messages": list(messages)}
 
     def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
         """See Counts.count."""
         chat = request.chat
         if forced := tools.must_call(chat):
             chat = tools.insisting(chat, forced)
-        answer = self._listener.post("/v1/chat/completions/input_tokens", self._chat_body(chat))
-        return Count(tokens=answer["input_tokens"])
+        refusals: list[BackendError] = []
+        for body in self._chat_bodies(chat):
+            try:
+                answer = self._listener.post("/v1/chat/completions/input_tokens", body)
+            except turns.Refused as error:
+                refusals.append(error)
+            else:
+                return Count(tokens=answer["input_tokens"])
+        raise refusals[0]
 
     def _call(self, request: ChatRequest, cancelled: Cancelled) -> Generation:
         """Answer with a call of a tool; with nothing if it was cut short."""

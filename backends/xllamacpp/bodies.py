@@ -5,6 +5,7 @@ Its fields are those of llama.cpp's server (github.com/ggml-org/llama.cpp, tools
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from backends import grammars, thinking
@@ -21,11 +22,14 @@ from backends.contract import (
     Usage,
 )
 from backends.room import context_exceeded
+from backends.turns import Refused
 
 # A request that does not stream can't be cancelled, and progress is what calls back in a prompt.
 _ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 _MAX_REPEATS = 10_000  # a million of them took 1.7 GB
 _IMPOSSIBLE = -9999.0  # a log-probability, as the OpenAI API has it
+# The last line of what it says of a template that failed; the others show where in its text.
+_REFUSAL = re.compile(r"\nError: (?:Jinja Exception: )?(.+)\s*\Z")
 _SAMPLING_FIELDS = (
     "max_tokens",
     "temperature",
@@ -173,5 +177,8 @@ def error(said: dict[str, Any]) -> BackendError:
     """Translate the engine's error object."""
     if said.get("type") == "exceed_context_size_error":
         return context_exceeded(said.get("n_prompt_tokens", 0), said.get("n_ctx", 0))
+    message = str(said.get("message", "the engine gave no reason"))
+    if refusal := _REFUSAL.search(message):
+        return Refused(refusal[1])
     code = "invalid_request" if said.get("code") == 400 else "engine_error"
-    return BackendError(code, str(said.get("message", "the engine gave no reason")))
+    return BackendError(code, message)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from backends.contract import BackendError, Cancelled
+from backends.xllamacpp import bodies
 
 _Chunks = queue.SimpleQueue[dict[str, Any] | BaseException | None]
 
@@ -45,7 +46,7 @@ def chunks(
             if isinstance(
                 chunk, ValueError | RecursionError
             ):  # how the engine refuses a message it can't read
-                raise BackendError("invalid_request", str(chunk)) from chunk
+                raise bodies.error({"code": 400, "message": str(chunk)}) from chunk
             if isinstance(chunk, BaseException):
                 raise BackendError("engine_error", f"xllamacpp: {chunk}") from chunk
             yield chunk

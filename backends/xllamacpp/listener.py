@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.contract import BackendError
+from backends.xllamacpp import bodies
 
 _TIMEOUT_S = 60.0
 
@@ -56,9 +57,10 @@ class Listener:
             raise BackendError("engine_error", f"xllamacpp at {path}: {error}") from error
         finally:
             connection.close()
+        if response.status == 400:
+            raise bodies.error(answer["error"])
         if response.status != 200:
-            code = "invalid_request" if response.status == 400 else "engine_error"
-            raise BackendError(code, f"xllamacpp at {path}: {answer.get('error')}")
+            raise BackendError("engine_error", f"xllamacpp at {path}: {answer.get('error')}")
         return answer
 
     def close(self) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gguf_models
-import onnx_files
 import pytest
-from ggml_files import write_ggml
+from engines import ENGINES, add, add_to_each
 from running import RunningDaemon, needs_engine
 from templates import PONDERING
 
@@ -18,39 +17,22 @@ TELLING = """{%- for message in messages %}{{ message.content }}{% endfor %}
 {%- endif %}"""
 EFFORTS = {"none": 5, "minimal": 5, "low": 9, "medium": 10, "high": 11, "xhigh": 11, "max": 11}
 SAY = [{"role": "user", "content": "Hello"}]
-ENGINES = {
-    "xllamacpp": "xllamacpp",
-    "llama_cpp": "llama_cpp",
-    "onnx": "onnxruntime_genai",
-    "ctransformers": "ctransformers",
-}
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory):
     """A daemon with the same telling model on each engine, and one that always thinks."""
     home = tmp_path_factory.mktemp("thinking")
-    sources = {name: str(gguf_models.smollm2()) for name in ("xllamacpp", "llama_cpp")}
-    (home / "decoder").mkdir()
-    onnx_files.decoder(home / "decoder", context_length=512)
-    sources["onnx"] = f"{home / 'decoder'}/"
-    sources["ctransformers"] = str(write_ggml(home / "m.bin", "llama", context_length=512))
     daemon = RunningDaemon(home)
     daemon.start()
     try:
-        for name, source in sources.items():
-            add(daemon, name, source, backend=name, chat_template=TELLING)
+        add_to_each(daemon, home, TELLING)
         for name in ("xllamacpp", "llama_cpp"):
-            source = sources[name]
+            source = str(gguf_models.smollm2())
             add(daemon, f"pondering-{name}", source, backend=name, chat_template=PONDERING)
         yield daemon
     finally:
         daemon.stop()
-
-
-def add(daemon, unique, source, **more):
-    daemon.json("POST", "/modeld/v1/models", {"source": source, "unique": unique, **more})
-    daemon.download(unique)
 
 
 def chat(daemon, model, **more):

@@ -12,6 +12,12 @@ from backends.contract import Gpu, Hardware, Probe
 INFO = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | AVX512 = 0 | OPENMP = 1 | REPACK = 1 | "
 
 
+def test_only_a_build_for_amx_keeps_weights_as_they_are():
+    assert builds.lays_out_anew(INFO)
+    assert builds.lays_out_anew(INFO + "AMX_INT8 = 0 | ")
+    assert not builds.lays_out_anew(INFO + "AMX_INT8 = 1 | ")
+
+
 def test_the_instruction_sets_are_those_that_are_on():
     assert builds.instruction_sets(INFO) == ("SSE3", "AVX", "AVX2", "OPENMP", "REPACK")
 
