@@ -29,6 +29,7 @@ from backends.contract import (
     Request,
     RerankRequest,
     Scores,
+    Task,
     needed_task,
 )
 from daemon.catalog.database import Catalog
@@ -61,6 +62,10 @@ _ANSWER, _LEAST_ANSWER = 512, 64
 _STEP = 256  # which lengths of contexts are multiples of
 T = TypeVar("T", Embeddings, Scores, Classes, Count)
 _USUAL = Terms()
+# Vectors, scores and labels take a moment, and clients ask for those of a whole document at once:
+# so many of them may wait for each answer that may.
+_SHORT = (Task.EMBED, Task.RERANK, Task.CLASSIFY)
+_SHORT_PER_LONG = 8
 _THERE = (ModelState.LOADING, ModelState.READY)
 
 
@@ -325,14 +330,15 @@ class ModelManager:
                     return answer
         raise EngineError("the engine ended the request without a result")
 
-    def _check_welcome(self, resident: Resident) -> None:
+    def _check_welcome(self, resident: Resident, task: Task) -> None:
         """Raise ModelNotLoaded or QueueFull if no request may ask a model now."""
         if not self._settings.load_on_demand and resident.state not in _THERE:
             raise ModelNotLoaded(
                 f"{resident.unique} is not in memory, and requests load no models here ([models] "
                 f"load_on_demand): load it first, as with `modeld load {resident.unique}`"
             )
-        if resident.waiting >= self._settings.queue_limit:
+        limit = self._settings.queue_limit * (_SHORT_PER_LONG if task in _SHORT else 1)
+        if resident.waiting >= limit:
             raise QueueFull(
                 f"{resident.waiting} requests wait for {resident.unique} already "
                 "([models] queue_limit)",
@@ -345,8 +351,9 @@ class ModelManager:
     ) -> AsyncIterator[AsyncIterator[Answer]]:
         _check_context(record, terms)
         resident = self._residency.of(record)
-        self._check_welcome(resident)
-        ticket = self._residency.ticket(resident, needed_task(request), terms)
+        task = needed_task(request)
+        self._check_welcome(resident, task)
+        ticket = self._residency.ticket(resident, task, terms)
         whole = not self._settings.context_length and not record.cloud
         exceeded: ContextLengthExceeded | None = None
         with self._listed(ticket):

@@ -151,14 +151,38 @@ async def test_a_full_queue_is_429_with_retry_after(client, add_model):
     running = [
         asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(5)
     ]
-    while (await get(client, "/modeld/v1/models/tiny"))["waiting"] < 3:
-        await asyncio.sleep(0.05)
+    await until_waiting(client, 3)
     refused = await client.post("/v1/chat/completions", json=body)
     assert refused.status == 429 and int(refused.headers["Retry-After"]) > 0
     assert (await refused.json())["error"]["code"] == "queue_full"
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
+
+
+@pytest.mark.parametrize("config", [Config(models=Models(queue_limit=3))])
+async def test_more_may_wait_for_what_takes_a_moment(client, add_model):
+    """Clients ask for the vectors of all parts of a document at once."""
+    await add_model()
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "!slow 20"}]}
+    running = [
+        asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(2)
+    ]
+    while {r["state"] for r in (await get(client, "/modeld/v1/requests"))["requests"]} != {
+        "running"
+    }:
+        await asyncio.sleep(0.05)
+    vectors = {"model": "tiny", "input": "one"}
+    waiting = [asyncio.create_task(client.post("/v1/embeddings", json=vectors)) for _ in range(24)]
+    await until_waiting(client, 24)
+    for path, asked in (("/v1/embeddings", vectors), ("/v1/chat/completions", body)):
+        assert (await client.post(path, json=asked)).status == 429
+    assert {(await task).status for task in (*running, *waiting)} == {200}
+
+
+async def until_waiting(client, number):
+    while (await get(client, "/modeld/v1/models/tiny"))["waiting"] < number:
+        await asyncio.sleep(0.05)
 
 
 async def test_health_and_hardware(client):
