@@ -88,6 +88,14 @@ def minilm_head(folder: Path, labels: Mapping[str, str], **config: Any) -> Path:
     return folder
 
 
+def encoders(home: Path) -> dict[str, Path]:
+    """Write an `embedder`, a `reranker` and a `classifier`, each into the folder of its name."""
+    labels = {"reranker": {"0": "relevance"}, "classifier": {"0": "bad", "1": "good"}}
+    (home / "embedder").mkdir()
+    found = {"embedder": embedder(home / "embedder")}
+    return found | {name: minilm_head(home / name, named) for name, named in labels.items()}
+
+
 def tensor(name: str, kind: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 

@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx_files
@@ -110,7 +109,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, hub: LocalHub) -> Iterator[
     daemon = RunningDaemon(home, HF_ENDPOINT=hub.url)
     try:
         daemon.start().download()
-        for name, folder in folders(home).items():
+        for name, folder in onnx_files.encoders(home).items():
             daemon.json("POST", f"{BASE}/models", {"source": f"{folder}/", "unique": name})
             daemon.download(name)
         yield daemon
@@ -123,16 +122,6 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, hub: LocalHub) -> Iterator[
 def there(daemon: RunningDaemon, hub: LocalHub) -> There:
     hub.faults.rate_bytes_s = 0
     return There(daemon=daemon, hub=hub)
-
-
-def folders(home: Path) -> dict[str, Path]:
-    for name in ("embedder", "reranker", "classifier"):
-        (home / name).mkdir()
-    return {
-        "embedder": onnx_files.embedder(home / "embedder"),
-        "reranker": onnx_files.minilm_head(home / "reranker", {"0": "relevance"}),
-        "classifier": onnx_files.minilm_head(home / "classifier", {"0": "bad", "1": "good"}),
-    }
 
 
 def with_id(there: There) -> dict[str, Any]:

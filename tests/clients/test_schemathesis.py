@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
+import onnx_files
 import pytest
 import requests
 import schemathesis
@@ -44,6 +45,14 @@ LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 REMOVED = "to-be-removed"
 REPO = "owner/tiny"
 NAMES = (SAMPLE, SAMPLE, REMOVED)
+# What only models of another kind than the sample's do.
+KINDS = {
+    "/v1/embeddings": "embedder",
+    "/api/embed": "embedder",
+    "/api/embeddings": "embedder",
+    "/v1/rerank": "reranker",
+    "/modeld/v1/models/{model}/classify": "classifier",
+}
 TIMEOUT_S = 60.0
 CHECKS = [
     content_type_conformance,
@@ -65,6 +74,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
         daemon = RunningDaemon(home, "--config", str(config), HF_ENDPOINT=hub.url)
         try:
             daemon.start().download()
+            for name, folder in onnx_files.encoders(home).items():
+                body = {"source": f"{folder}/", "unique": name}
+                daemon.json("POST", "/modeld/v1/models", body)
+                daemon.download(name)
             add_one_to_remove(daemon)
             yield daemon
         finally:
@@ -142,7 +155,7 @@ def test_answers_are_as_described(
         if removes(path, method):
             add_one_to_remove(daemon)
             model = REMOVED
-        pointed(case, model, there=there)
+        pointed(case, KINDS.get(path, model), there=there)
         response = case.call(timeout=TIMEOUT_S)
         case.validate_response(response, checks=CHECKS)
         check_status(path, response)
