@@ -1,6 +1,7 @@
 """ModelManager: what the rest of the daemon asks of models.
 
-Owns the requests; the models and their states are the business of `residency`.
+Owns the requests; the models and their states are the business of `residency`, and prompts that
+are too long for their model's context that of `contexts`.
 
 A request holds its model from the moment it asks until the engine is done with it.
 """
@@ -40,7 +41,6 @@ from daemon.errors import (
     ContextLengthExceeded,
     EngineError,
     InsufficientMemory,
-    InvalidRequest,
     ModeldError,
     ModelNotLoaded,
     QueueFull,
@@ -49,17 +49,13 @@ from daemon.errors import (
 )
 from daemon.memory.ledger import Ledger
 from daemon.models.choice import Choice, Explanation, Planned, described
+from daemon.models.contexts import Contexts, check_context
 from daemon.models.residency import Residency
 from daemon.models.resident import Instance, ModelState, ModelStatus, Resident
 from daemon.models.turns import LOAD, Terms, Ticket
 from daemon.store import Store
-from daemon.units import size
 from daemon.workers.worker import Answer
 
-# Tokens of an answer that a longer context has room for beside the prompt that it is made for: so
-# many if there is memory, and so many at least.
-_ANSWER, _LEAST_ANSWER = 512, 64
-_STEP = 256  # which lengths of contexts are multiples of
 T = TypeVar("T", Embeddings, Scores, Classes, Count)
 _USUAL = Terms()
 # Vectors, scores and labels take a moment, and clients ask for those of a whole document at once:
@@ -103,6 +99,9 @@ class ModelManager:
         self._ledger = ledger
         self._choice = choice
         self._residency = residency
+        self._contexts = Contexts(
+            settings=settings, choice=choice, ledger=ledger, admission=residency.admission
+        )
         self._tickets: dict[str, Ticket] = {}
         self._listeners: list[Callable[[str], None]] = []
 
@@ -177,11 +176,11 @@ class ModelManager:
 
         With a `keep_alive_s` it stays for that long instead.
         """
-        _check_context(record, terms)
+        check_context(record, terms)
         resident = self._residency.of(record)
         ticket = self._residency.ticket(resident, LOAD, terms)
         with self._listed(ticket):
-            await self._check_longer(record, resident, ticket)
+            await self._contexts.check(record, resident, ticket)
             await self._residency.turn(resident, ticket)
 
     async def unload(self, model_id: str) -> None:
@@ -349,29 +348,22 @@ class ModelManager:
     async def _ask(
         self, record: ModelRecord, request: Request, terms: Terms
     ) -> AsyncIterator[AsyncIterator[Answer]]:
-        _check_context(record, terms)
+        check_context(record, terms)
         resident = self._residency.of(record)
         task = needed_task(request)
         self._check_welcome(resident, task)
         ticket = self._residency.ticket(resident, task, terms)
-        whole = not self._settings.context_length and not record.cloud
-        exceeded: ContextLengthExceeded | None = None
+        asking = self._contexts.asking(record, resident, ticket, request)
         with self._listed(ticket):
-            await self._check_longer(record, resident, ticket)
+            await self._contexts.check(record, resident, ticket)
             while True:
                 try:
                     instance = await self._residency.turn(resident, ticket)
                 except InsufficientMemory as error:
-                    if exceeded is None or error.retry_after_s is not None:
-                        raise
-                    if not whole:
-                        raise _no_longer(exceeded, error.message) from error
-                    whole, ticket.needs_context = False, terms.context_length or 0
-                    ticket.again()
+                    asking.again_without(error)
                     continue
-                asked = _wanted_whole(request) if whole else request
                 self._tell(ticket)
-                async with self._running(resident, instance, ticket, asked) as answers:
+                async with self._running(resident, instance, ticket, asking.request) as answers:
                     try:
                         first = await anext(answers)
                     except ContextLengthExceeded as error:
@@ -379,16 +371,7 @@ class ModelManager:
                     else:
                         yield _with_first(first, answers)
                         return
-                with _held(resident):
-                    try:
-                        await self._want_longer(
-                            record, instance, ticket, exceeded, _answer_tokens(request, whole=whole)
-                        )
-                    except ContextLengthExceeded:
-                        if not whole:
-                            raise
-                        whole = False  # then the answer may be shorter than it might
-                ticket.again()
+                await asking.again_with_longer(instance, exceeded)
 
     @contextlib.asynccontextmanager
     async def _running(
@@ -423,120 +406,6 @@ class ModelManager:
                 limit.cancel()
             if not entry.finished.done():
                 await asyncio.shield(asyncio.ensure_future(worker.cancel(request_id)))
-
-    async def _want_longer(
-        self,
-        record: ModelRecord,
-        instance: Instance,
-        ticket: Ticket,
-        exceeded: ContextLengthExceeded,
-        answer: int,
-    ) -> None:
-        """Have the ticket ask for a context that its prompt fits, and so many tokens after it.
-
-        No other model leaves if only the answer's length asks for that. Raises
-        ContextLengthExceeded if there is none.
-        """
-        has, most = instance.context_length, instance.artifact.context_length
-        tokens = exceeded.tokens
-        if tokens is None or most <= has:
-            raise exceeded
-        if tokens >= most:
-            raise _no_longer(exceeded, f"the model itself has {most}")
-        least = min(most, _rounded(tokens + max(answer, _LEAST_ANSWER)))
-        if has >= least:  # it was loaded for as much, and its engine can't
-            raise exceeded
-        try:
-            need = await self._least_bytes(record, least)
-        except ModeldError as error:
-            raise _no_longer(exceeded, error.message) from error
-        if not self._could(need, record.id, soft=tokens < has):
-            raise _no_longer(
-                exceeded,
-                f"the model has {most}, but {least} of them take {size(need)}, and all models "
-                f"together may take {size(self._ledger.budget_bytes)}",
-            )
-        ticket.needs_context, ticket.needs_bytes = least, need
-        # What else there is memory for, so that the next turns fit too.
-        roomy = min(most, max(2 * has, _power_of_two(tokens + _ANSWER)))
-        resident = self._residency.of(record)
-        resident.wish = max(resident.wish, roomy)
-
-    def _could(self, need_bytes: int, model_id: str, *, soft: bool) -> bool:
-        if soft:
-            return need_bytes <= self._ledger.book().room({model_id})
-        return self.could_ever(need_bytes, model_id)
-
-    async def _check_longer(self, record: ModelRecord, resident: Resident, ticket: Ticket) -> None:
-        """See what it would take to load a model anew for a ticket that asks for a longer context.
-
-        Raises InsufficientMemory if there can't be so much: what is loaded stays then.
-        """
-        instance, wanted = resident.instance, ticket.needs_context
-        if instance is None or wanted <= instance.context_length:
-            return
-        with _held(resident):
-            ticket.needs_bytes = await self._least_bytes(record, wanted)
-        if not self.could_ever(ticket.needs_bytes, record.id):
-            raise InsufficientMemory(
-                f"{record.unique} with a context of {wanted} tokens needs "
-                f"{size(ticket.needs_bytes)}, and all models together may take "
-                f"{size(self._ledger.budget_bytes)}; it is loaded with "
-                f"{instance.loaded.context_length}",
-                should_retry=False,
-            )
-
-    async def _least_bytes(self, record: ModelRecord, context_length: int) -> int:
-        """Return what a load with so long a context takes at least. Raises ModeldError."""
-        planned = await self.plan(record, context_length=context_length)
-        return min(step.total_bytes for step in (planned.estimate, *planned.smaller))
-
-
-@contextlib.contextmanager
-def _held(resident: Resident) -> Iterator[None]:
-    """Hold a model for a request that is neither in its queue nor runs."""
-    resident.between += 1
-    try:
-        yield
-    finally:
-        resident.between -= 1
-
-
-def _no_longer(exceeded: ContextLengthExceeded, why: str) -> ContextLengthExceeded:
-    """Return the error for a prompt that a longer context would hold, and why there is none."""
-    return ContextLengthExceeded(f"{exceeded.message}; {why}", tokens=exceeded.tokens)
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
-def _rounded(tokens: int) -> int:
-    return -(-tokens // _STEP) * _STEP
-
-
-def _check_context(record: ModelRecord, terms: Terms) -> None:
-    """Raise InvalidRequest for a context that the model does not have."""
-    most = record.artifact.context_length if record.artifact is not None else 0
-    if terms.context_length and most and terms.context_length > most:
-        raise InvalidRequest(
-            f"context_length: {record.unique} has a context of {most} tokens at most",
-            param="context_length",
-        )
-
-
-def _wanted_whole(request: Request) -> Request:
-    """Return the request as one whose answer is to have all the room that it may take."""
-    if isinstance(request, ChatRequest | CompleteRequest):
-        return replace(request, sampling=replace(request.sampling, whole=True))
-    return request
-
-
-def _answer_tokens(request: Request, *, whole: bool) -> int:
-    """Return how many tokens the answer is to have room for, 0 if it may be cut short."""
-    if whole and isinstance(request, ChatRequest | CompleteRequest):
-        return request.sampling.max_tokens or 0
-    return 0
 
 
 def _notice(request: Request, instance: Instance, done: Done) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
 
 from daemon.catalog.database import Catalog
@@ -17,10 +16,11 @@ from daemon.catalog.record import ModelRecord
 from daemon.config import Memory as MemorySettings
 from daemon.config import Models as ModelSettings
 from daemon.config import parse_duration
-from daemon.errors import Conflict, InsufficientMemory, LoadTimeout, ModeldError, Stopping
+from daemon.errors import Conflict, ModeldError, Stopping
 from daemon.memory.ledger import Ledger
 from daemon.memory.plan import Occupant, Standing
 from daemon.models.admission import Admission
+from daemon.models.deadlines import Deadlines
 from daemon.models.loader import Loader
 from daemon.models.loads import Loads
 from daemon.models.resident import Instance, ModelState, Resident
@@ -29,12 +29,9 @@ from daemon.models.turns import LOAD, Terms, Ticket
 from daemon.models.unloads import DRAIN_S, HURRIED_SAVE_S, Unloads
 
 _MEASURE_S = 5.0  # the kernel walks page tables for it, so not after each of many short requests
-_FORCE_S = 15.0  # how long a state may last once it was ended by force
-_SLACK_S = 5.0  # a state that lasts so much longer than it may is ended by force
 # A model that is to make room runs for so long without its other users before it is seen that the
 # answers which are left take long; until one of these ends, the others get their turns again.
 _PARDON_S = 20.0
-log = logging.getLogger(__name__)
 
 
 class Residency:
@@ -52,7 +49,6 @@ class Residency:
         self._settings = models
         self._ledger = ledger
         self._loader = loader
-        self._wait_s = memory.wait_s
         self._states = States(catalog, ledger)
         self.residents = self._states.residents
         self.admission = Admission(ledger, self, wait_s=memory.wait_s)
@@ -72,13 +68,20 @@ class Residency:
             end=self.end,
             settled=self._settled,
         )
+        self._deadlines = Deadlines(
+            wait_s=memory.wait_s,
+            states=self._states,
+            admission=self.admission,
+            loads=self._loads,
+            pump=self.pump,
+            left=self._left,
+        )
         self._numbers = itertools.count(1)
-        self._critical_since: float | None = None
 
     @property
     def critical(self) -> bool:
         """Whether memory is so short that new requests wait."""
-        return self._critical_since is not None
+        return self._deadlines.critical
 
     def of(self, record: ModelRecord) -> Resident:
         """Return what is remembered of a model."""
@@ -394,70 +397,11 @@ class Residency:
 
     def hold(self, *, critical: bool) -> None:
         """Have new requests wait while memory is critical, and tell them in the end."""
-        now = asyncio.get_running_loop().time()
-        if not critical:
-            was, self._critical_since = self._critical_since, None
-            if was is not None:
-                for resident in list(self.residents.values()):
-                    self.pump(resident)
-            return
-        self._critical_since = now if self._critical_since is None else self._critical_since
-        for resident in list(self.residents.values()):
-            if resident.state is not ModelState.READY:
-                continue  # the line for memory has a patience of its own
-            for ticket in resident.queue:
-                if now - max(ticket.since, self._critical_since) > self._wait_s:
-                    self._refuse(
-                        resident,
-                        ticket,
-                        f"the computer has run out of memory, and {resident.unique} takes no new "
-                        "requests until that is over: close other programs",
-                    )
-
-    def _refuse(self, resident: Resident, ticket: Ticket, text: str) -> None:
-        resident.queue.remove(ticket)
-        ticket.refuse(InsufficientMemory(text, retry_after_s=10))
-        self._left(resident)
+        self._deadlines.hold(critical=critical)
 
     def look_after(self) -> None:
         """Do what is due with time: no state and no wait lasts for ever."""
-        now = asyncio.get_running_loop().time()
-        for resident in list(self.residents.values()):
-            if now > resident.deadline + _SLACK_S:
-                self._end_by_force(resident)
-            instance = resident.instance
-            if resident.state is not ModelState.READY or instance is None:
-                continue
-            for ticket in resident.queue:
-                longer = ticket.needs_context > instance.context_length
-                if (
-                    longer
-                    and not instance.running
-                    and self.admission.could_now(ticket.needs_bytes, resident.model_id)
-                ):
-                    self.pump(resident)
-                elif longer and now - ticket.since > self._wait_s:
-                    self._refuse(
-                        resident,
-                        ticket,
-                        f"{resident.unique} would have to be loaded with a context of "
-                        f"{ticket.needs_context} tokens, for which others hold the memory: try "
-                        "again later, or unload a model",
-                    )
-        self.admission.poke()
-
-    def _end_by_force(self, resident: Resident) -> None:
-        log.error("model=%s is %s for too long, ended", resident.unique, resident.state)
-        resident.deadline = asyncio.get_running_loop().time() + _FORCE_S
-        task = resident.unload_task
-        if resident.state is ModelState.LOADING:
-            late = LoadTimeout(f"{resident.unique} did not load in time")
-            self._loads.give_up(resident, late)
-            task = resident.load_task
-        elif resident.instance is not None:
-            resident.instance.worker.kill("it took too long")
-        if task is not None:
-            task.cancel()
+        self._deadlines.look_after()
 
 
 def _heed(instance: Instance, ticket: Ticket) -> None:
