@@ -41,7 +41,13 @@ OPERATIONS = [
     if path not in ENDLESS
 ]
 # What a request may say to end its answer soon, by the name that each API has for it.
-LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+LIMITS = {
+    "/v1/chat/completions": "max_tokens",
+    "/v1/completions": "max_tokens",
+    "/v1/messages": "max_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+WITH_OPTIONS = ("/api/chat", "/api/generate")
 REMOVED = "to-be-removed"
 REPO = "owner/tiny"
 NAMES = (SAMPLE, SAMPLE, REMOVED)
@@ -68,7 +74,8 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
     # A request may download it and ask it: it has to be one that loads.
     tiny = tiny_llama(home).read_bytes()
     config = home / "modeld.toml"
-    config.write_text("[models]\ncontext_length = 128\n")
+    # Questions of the Pieces API have no limit of their own.
+    config.write_text("[models]\ncontext_length = 128\nmax_run_s = 10\n")
     with LocalHub() as hub:
         hub.add(REPO, {"tiny.gguf": tiny})
         daemon = RunningDaemon(home, "--config", str(config), HF_ENDPOINT=hub.url)
@@ -102,7 +109,7 @@ def test_the_document_is_what_the_specification_wants(daemon: RunningDaemon) -> 
         assert f'"#/components/schemas/{name}"' in text, f"{name} is described for nothing"
 
 
-def pointed(case: Any, model: str, *, there: bool) -> None:
+def pointed(case: Any, path: str, model: str, *, there: bool) -> None:
     """Have a request name a model that is there, and end its answer soon."""
     if there and "model" in (case.path_parameters or {}):
         case.path_parameters["model"] = model
@@ -111,14 +118,21 @@ def pointed(case: Any, model: str, *, there: bool) -> None:
     for key in ("model", "name"):
         if there and isinstance(case.body.get(key), str):
             case.body[key] = model
-    for limit in LIMITS:
+    for limit in {*LIMITS.values(), "max_completion_tokens"}:
         if isinstance(case.body.get(limit), int) and case.body[limit] > 8:
             case.body[limit] = 8
-    case.body.pop("ignore_eos", None)
-    case.body.pop("context_length", None)
+    # Without a limit it goes on to the end of its context.
+    if path in LIMITS and case.body.get(LIMITS[path]) is None:
+        case.body[LIMITS[path]] = 8
+    if path in WITH_OPTIONS and case.body.get("options") is None:
+        case.body["options"] = {}
+    for name in ("ignore_eos", "context_length"):  # what is wrong stays, to be refused
+        if isinstance(case.body.get(name), int):
+            del case.body[name]
     if isinstance(options := case.body.get("options"), dict):
-        options.pop("num_ctx", None)
-        if isinstance(options.get("num_predict"), int):
+        if isinstance(options.get("num_ctx"), int):
+            del options["num_ctx"]
+        if isinstance(options.setdefault("num_predict", 8), int):
             options["num_predict"] = min(8, options["num_predict"])
 
 
@@ -155,7 +169,7 @@ def test_answers_are_as_described(
         if removes(path, method):
             add_one_to_remove(daemon)
             model = REMOVED
-        pointed(case, KINDS.get(path, model), there=there)
+        pointed(case, path, KINDS.get(path, model), there=there)
         response = case.call(timeout=TIMEOUT_S)
         case.validate_response(response, checks=CHECKS)
         check_status(path, response)
