@@ -10,8 +10,9 @@ Its KV cache is the texts of its last conversations, one a slot: a chat that beg
 counts its words as cached. They are saved and restored as text, except by a model whose header asks
 it to `fail`, to `hang` or to have a `bug` (`test.save`, `test.restore`).
 
-A completion repeats its prompt. A text's vector is its number of words, of characters, and 1; a
-document's score is the share of the query's words that it has; a label is `short` or `long`.
+A completion repeats its prompt, unless that is `!slow N`. A text's vector is its number of words,
+of characters, and 1, which takes that time for `!slow N`; a document's score is the share of the
+query's words that it has; a label is `short` or `long`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -192,6 +193,10 @@ class ReferenceBackend:
         return Count(tokens=sum(map(len, said)))
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
+        for word in slowly(request.prompt, cancelled):
+            yield Delta(content=word)
+        if cancelled():
+            return Done(finish_reason="cancelled")
         yield Delta(
             content=request.prompt, logprobs=logprobs(request.prompt, request.sampling.logprobs)
         )
@@ -199,6 +204,10 @@ class ReferenceBackend:
         return Done(finish_reason="stop", usage=Usage(prompt_tokens=words, completion_tokens=words))
 
     def embed(self, request: EmbedRequest, cancelled: Cancelled) -> Embeddings:
+        for _ in (word for text in request.inputs for word in slowly(text, cancelled)):
+            pass
+        if cancelled():
+            raise BackendError("cancelled", "the request was cancelled")
         packed = [
             vectors.pack([len(text.split()), len(text), 1.0], request.dimensions)
             for text in request.inputs
@@ -248,6 +257,16 @@ class ReferenceBackend:
 
     def close(self) -> None:
         pass
+
+
+def slowly(text: str, cancelled: Cancelled) -> Iterator[str]:
+    """The words of an answer to `!slow N`, none to any other text, until it is cancelled."""
+    order, _, argument = text.partition(" ")
+    for number in range(int(argument) if order == "!slow" else 0):
+        if cancelled():
+            return
+        yield f"word{number} "
+        time.sleep(0.02)
 
 
 def write(words: list[str], path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
-import time
 
 import pytest
 from aiohttp import ClientPayloadError, WSMsgType
@@ -16,6 +16,7 @@ from daemon.api.openai.chat import _ChatView
 
 WAIT_S = 20.0
 CHAT = "/v1/chat/completions"
+LONG = "!slow 100000"
 
 
 def ask(content: str, **fields):
@@ -65,26 +66,61 @@ async def test_a_client_that_reads_nothing_is_left(client, add_model, services, 
     assert (await answer.json())["choices"][0]["message"]["content"] == "one two"
 
 
-async def test_a_body_that_trickles_in_is_refused(client, add_model, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, ask("one two")),
+        ("/v1/responses", {"model": "tiny", "input": "one two"}),
+        ("/v1/embeddings", {"model": "tiny", "input": "one two"}),
+        ("/modeld/v1/models/tiny/load", {"keep_alive": "10m", "context_length": 100}),
+        ("/v1/messages", ask("one two", max_tokens=9)),
+        ("/api/chat", ask("one two")),
+        ("/api/generate", {"model": "tiny", "prompt": "one two"}),
+        ("/qgpt/question", {"query": "one two", "relevant": {"iterable": []}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_body_that_trickles_in_is_refused(
+    client, add_model, services, monkeypatch, path, body
+):
+    """A byte a second takes more than half a minute: the refusal comes long before the rest."""
     monkeypatch.setattr(errors, "_BODY_S", 1.0)
-    await add_model()
+    await add_model("tiny", tokenizer_chat_template="x")
     reader, writer = await connect(client)
-    body = json.dumps(ask("one two")).encode()
-    began = time.monotonic()
-    writer.write(request_bytes(CHAT, b"", len(body)))
+    sent = json.dumps(body).encode()
+    writer.write(request_bytes(path, b"", len(sent)))
 
     async def trickle() -> None:
-        for byte in body:
+        for byte in sent:
             writer.write(bytes([byte]))
             await asyncio.sleep(1)
 
     trickling = asyncio.create_task(trickle())
-    answer = await reader.readuntil(b"\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - began < 5
-    error = json.loads(await reader.readuntil(b"}}"))["error"]
-    assert error["code"] == "body_timeout" and "within 1 s" in error["message"]
+    async with asyncio.timeout(WAIT_S):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = re.search(r"(?i)^content-length: (\d+)", head, re.MULTILINE)
+        said = (await reader.readexactly(int(length.group(1)))).decode()
+    assert not trickling.done()
     trickling.cancel()
     writer.close()
+    why = "the body did not come within 1 s"
+    if path.startswith("/qgpt/"):  # the API has no other status than that
+        assert head.startswith("HTTP/1.1 500") and said == why
+    else:
+        assert head.startswith("HTTP/1.1 408") and json.loads(said) == refusal(path, why)
+    assert services.models.requests() == []
+    shown = await (await client.get("/modeld/v1/models/tiny")).json()
+    assert shown["state"] == "unloaded", "nothing was asked of the model"
+
+
+def refusal(path: str, why: str) -> dict:
+    """A body that did not come, in the words of the API that the path is of."""
+    if path.startswith("/api/"):
+        return {"error": why}
+    kind = "invalid_request_error"
+    if path == "/v1/messages":
+        return {"type": "error", "error": {"type": kind, "message": why}}
+    return {"error": {"message": why, "type": kind, "code": "body_timeout", "param": None}}
 
 
 @pytest.mark.parametrize(
@@ -132,21 +168,63 @@ async def test_100_megabytes_over_a_websocket_end_it(client, path):
     assert (await client.get("/health")).status == 200
 
 
-@pytest.mark.alone
-async def test_a_client_that_leaves_ends_its_work_at_once(client, add_model, services):
-    await add_model()
-    for stream in (True, False):
-        reader, writer = await connect(client)
-        body = json.dumps(ask("!slow 100000", stream=stream)).encode()
-        writer.write(request_bytes(CHAT, body))
-        async with asyncio.timeout(WAIT_S):
-            while not any(each.pieces for each in services.models.requests()):
-                await asyncio.sleep(0.02)
-        writer.close()
-        began = time.monotonic()
-        await gone(services)
-        assert time.monotonic() - began < 2
-        del reader
+LEAVING = {
+    "chat": (CHAT, ask(LONG)),
+    "choices": (CHAT, ask(LONG, n=2)),
+    "text": ("/v1/completions", {"model": "tiny", "prompt": LONG}),
+    "responses": ("/v1/responses", {"model": "tiny", "input": LONG}),
+    "anthropic": ("/v1/messages", ask(LONG, max_tokens=100_000)),
+    "ollama-chat": ("/api/chat", ask(LONG)),
+    "ollama-generate": ("/api/generate", {"model": "tiny", "prompt": LONG}),
+}
+LEAVING_WHOLE = {
+    "vectors": ("/v1/embeddings", {"model": "tiny", "input": ["one", LONG]}),
+    "ollama-vectors": ("/api/embed", {"model": "tiny", "input": ["one", LONG]}),
+    "pieces": ("/qgpt/question", {"query": LONG, "relevant": {"iterable": []}}),
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        pytest.param(
+            path, body | {"stream": stream}, id=f"{name}-{'stream' if stream else 'whole'}"
+        )
+        for name, (path, body) in LEAVING.items()
+        for stream in (True, False)
+    ]
+    + [pytest.param(path, body, id=name) for name, (path, body) in LEAVING_WHOLE.items()],
+)
+async def test_a_client_that_leaves_frees_the_engine(client, add_model, services, path, body):
+    """The answer would take half an hour. Its worker ends it, and is not killed for that."""
+    model_id = await add_model("tiny", tokenizer_chat_template="x")
+    asked = body.get("n", 1)
+    reader, writer = await connect(client)
+    writer.write(request_bytes(path, json.dumps(body).encode()))
+    async with asyncio.timeout(WAIT_S):
+        if body.get("stream"):
+            while b"word1" not in await reader.readline():
+                pass
+        while not under_way(services.models.requests(), asked):
+            await asyncio.sleep(0.02)
+    before = services.models.status(model_id)
+    assert before.in_flight == asked
+    writer.close()
+    await gone(services)
+    after = services.models.status(model_id)
+    assert (after.in_flight, after.worker_pid) == (0, before.worker_pid)
+    assert before.slots == 2
+    answers = await asyncio.gather(*(client.post(CHAT, json=ask("one two")) for _ in range(2)))
+    for answer in answers:
+        assert (await answer.json())["choices"][0]["message"]["content"] == "one two"
+    assert services.models.status(model_id).worker_pid == before.worker_pid
+
+
+def under_way(requests: list, count: int) -> bool:
+    """Whether so many requests are in the middle of their answers; vectors come all at once."""
+    return len(requests) == count and all(
+        each.pieces > 1 or (each.kind == "embed" and each.state == "running") for each in requests
+    )
 
 
 async def test_an_answer_that_breaks_off_is_seen_to_be_broken(
