@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import resource
 
@@ -44,25 +45,47 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def socket_paths(daemon: RunningDaemon) -> list[str]:
+    """All that a WebSocket may be opened at, as the daemon itself describes it."""
+    model_id = daemon.model()["id"]
+    described = daemon.json("GET", "/openapi.json")["paths"]
+    paths = [
+        path.replace("{model}", model_id)
+        for path, methods in described.items()
+        if "101" in methods.get("get", {}).get("responses", {})
+    ]
+    assert {
+        f"/model/{model_id}/download/progress",
+        "/models/stream/identifiers",
+        "/conversations/stream/identifiers",
+        "/user/stream",
+        "/qgpt/stream",
+        "/modeld/v1/events",
+        "/.well-known/stream/health",
+    } <= set(paths)
+    return paths
+
+
+async def read(socket: aiohttp.ClientWebSocketResponse) -> None:
+    """Take what comes, and answer pings, until the socket ends."""
+    async for _ in socket:
+        pass
+
+
 async def test_idle_sockets_and_queued_requests_cost_little(daemon):
     daemon.download()
     daemon.json("POST", f"/modeld/v1/models/{SAMPLE}/load")
-    model_id = daemon.model()["id"]
-    paths = (
-        f"/model/{model_id}/download/progress",
-        "/models/stream/identifiers",
-        "/modeld/v1/events",
-        "/.well-known/stream/health",
-    )
+    paths = socket_paths(daemon)
     before = private_bytes(daemon.pid)
     connector = aiohttp.TCPConnector(limit=0)
     async with (
         aiohttp.ClientSession(daemon.url, connector=connector) as session,
         contextlib.AsyncExitStack() as stack,
     ):
-        for number in range(SOCKETS):
-            path = paths[number % len(paths)]
-            await stack.enter_async_context(session.ws_connect(path, max_msg_size=0))
+        reading: list[asyncio.Task[None]] = []
+        for path in itertools.islice(itertools.cycle(paths), SOCKETS):
+            socket = await stack.enter_async_context(session.ws_connect(path, max_msg_size=0))
+            reading.append(asyncio.create_task(read(socket)))
         requests = [
             asyncio.create_task(session.post("/v1/chat/completions", json=LONG))
             for _ in range(QUEUED + 1)
@@ -74,8 +97,11 @@ async def test_idle_sockets_and_queued_requests_cost_little(daemon):
         cost = private_bytes(daemon.pid) - before
         print(f"{SOCKETS} sockets and {QUEUED} requests: {cost / 1e6:.1f} MB")
         assert 0 < cost < MOST_BYTES
+        ended = {paths[number % len(paths)] for number, each in enumerate(reading) if each.done()}
+        assert not ended, "their sockets are not there any more"
         async with session.get("/.well-known/health") as health:
             assert (await health.text()).startswith("ok:")
+    await asyncio.gather(*reading)
     async with asyncio.timeout(30):
         while json.loads(daemon.request("GET", "/modeld/v1/requests")[2])["requests"]:
             await asyncio.sleep(0.1)
