@@ -4,30 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from aiohttp import ClientResponse
+from event_streams import PATH, of_lines, of_socket
 
-PATH = "/modeld/v1/events"
 WAIT_S = 20.0
-
-
-async def of_socket(socket: Any) -> AsyncIterator[dict[str, Any]]:
-    async for message in socket:
-        yield json.loads(message.data)
-
-
-async def of_lines(response: ClientResponse) -> AsyncIterator[dict[str, Any]]:
-    name = ""
-    async for line in response.content:
-        if line.startswith(b"event: "):
-            name = line.removeprefix(b"event: ").decode().strip()
-        if line.startswith(b"data: "):
-            event = json.loads(line.removeprefix(b"data: "))
-            assert event["type"] == name
-            yield event
 
 
 @contextlib.asynccontextmanager
