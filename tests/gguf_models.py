@@ -102,7 +102,13 @@ def reranker(folder: Path) -> Path:
     return _write_bert(folder / "reranker-f16.gguf", gguf.PoolingType.RANK)
 
 
-def tiny_llama(folder: Path, *, fim: bool = True, tensors_a_file: int = 0) -> Path:
+def tiny_llama(
+    folder: Path,
+    *,
+    fim: bool = True,
+    tensors_a_file: int = 0,
+    context_length: int = TINY_CONTEXT_LENGTH,
+) -> Path:
     """Write a random language model of 0.5 MB that says ASCII characters, `é` and `🦙`.
 
     Each token is a character, or a byte of one beyond ASCII. It never ends its turn by itself.
@@ -111,7 +117,7 @@ def tiny_llama(folder: Path, *, fim: bool = True, tensors_a_file: int = 0) -> Pa
     """
     path = folder / f"tiny-llama{'-fim' if fim else ''}.gguf"
     writer = _writer(path, "llama", "model", tensors_a_file)
-    writer.add_context_length(TINY_CONTEXT_LENGTH)
+    writer.add_context_length(context_length)
     writer.add_embedding_length(TINY_WIDTH)
     writer.add_block_count(TINY_LAYERS)
     writer.add_feed_forward_length(2 * TINY_WIDTH)
