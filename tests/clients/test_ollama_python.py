@@ -10,11 +10,13 @@ import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import gguf_models
 import ollama
 import pytest
 from hub import Faults, LocalHub
+from json_answers import check_object
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from pictures import png
@@ -119,6 +121,55 @@ def test_an_answer_that_fits_a_schema_and_logprobs(client: ollama.Client) -> Non
     # The token that ends the answer is counted, and not told.
     assert told.logprobs and told.eval_count and told.eval_count - len(told.logprobs) in (0, 1)
     assert all(each.logprob <= 0 and len(each.top_logprobs or ()) == 2 for each in told.logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("raw", [False, True], ids=["chat", "raw"])
+def test_a_generated_text_is_held_to_its_format(
+    client: ollama.Client, raw: bool, stream: bool
+) -> None:
+    """The question says nothing of JSON, and nothing of what the schema has."""
+    schema = {
+        "type": "object",
+        "properties": {"verdict": {"enum": ["granted", "denied"]}, "days": {"const": 17}},
+        "required": ["verdict", "days"],
+        "additionalProperties": False,
+    }
+
+    def generated(format_: Any) -> tuple[str, str | None]:
+        options = {"temperature": 0, "num_predict": 100}
+        fields = {"raw": raw, "format": format_, "options": options, "stream": stream}
+        answer = client.generate(SAMPLE, QUESTION, **fields)
+        pieces = list(answer if stream else [answer])
+        return "".join(piece.response or "" for piece in pieces), pieces[-1].done_reason
+
+    assert "{" not in generated(None)[0]
+    text, reason = generated("json")
+    check_object(text, cut=reason == "length")
+    text, reason = generated(schema)
+    assert reason == "stop"
+    assert json.loads(text) in [{"verdict": each, "days": 17} for each in ("granted", "denied")]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_suffix_has_what_goes_in_between_generated(
+    daemon: RunningDaemon, client: ollama.Client, stream: bool
+) -> None:
+    def between(suffix: str | None) -> str:
+        fields = {"suffix": suffix, "raw": True, "options": GREEDY, "stream": stream}
+        answer = client.generate("letters", "abc", **fields)
+        return "".join(piece.response or "" for piece in (answer if stream else [answer]))
+
+    def completed(suffix: str) -> str:
+        body = {"model": "letters", "prompt": "abc", "temperature": 0, "max_tokens": 24}
+        answer = daemon.json("POST", "/v1/completions", body | {"suffix": suffix})
+        return str(answer["choices"][0]["text"])
+
+    texts = {suffix: between(suffix) for suffix in ("def", "xyz")}
+    assert texts == {suffix: completed(suffix) for suffix in texts}
+    assert len({*texts.values(), between(None)}) == 3
+    with pytest.raises(ollama.ResponseError, match="can't do infill"):
+        client.generate(SAMPLE, "abc", suffix="def")
 
 
 def test_the_same_seed_gives_the_same_text(client: ollama.Client) -> None:

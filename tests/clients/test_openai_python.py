@@ -12,6 +12,7 @@ import time
 import openai
 import psutil
 import pytest
+from json_answers import check_object
 from openai import AsyncOpenAI, OpenAI
 from pictures import png
 from pydantic import BaseModel, Field
@@ -317,21 +318,22 @@ def test_a_call_is_parsed_into_a_type(client):
     assert text_of(again)
 
 
-def test_json_mode_gives_an_object(client):
-    answer = client.chat.completions.create(
-        model=SAMPLE,
-        messages=[{"role": "user", "content": 'Say {"a": 1}'}],
-        response_format={"type": "json_object"},
-        logprobs=True,
-        top_logprobs=20,
-        temperature=0,
-        max_tokens=60,
-    )
-    assert text_of(answer).startswith("{")
-    if answer.choices[0].finish_reason == "stop":  # and not at the limit
-        assert isinstance(json.loads(text_of(answer)), dict)
+@pytest.mark.parametrize(
+    "question", ["Where is the Eiffel Tower?", "Say hello.", 'Say {"a": 1}'], ids=str
+)
+def test_json_mode_gives_an_object(client, question):
+    asked = {"model": SAMPLE, "messages": [{"role": "user", "content": question}]}
+    asked |= {"temperature": 0, "max_tokens": 60}
+    if "{" not in question:  # then only the format makes it an object
+        assert "{" not in text_of(client.chat.completions.create(**asked))
+    asked |= {"response_format": {"type": "json_object"}, "logprobs": True, "top_logprobs": 20}
+    answer = client.chat.completions.create(**asked)
+    check_object(text_of(answer), cut=answer.choices[0].finish_reason == "length")
     for entry in answer.choices[0].logprobs.content:
         assert all(-9999 <= top.logprob <= 0 for top in entry.top_logprobs)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    (reason,) = [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason]
+    check_object(streamed(chunks), cut=reason == "length")
 
 
 # what models think and see

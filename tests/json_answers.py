@@ -1,0 +1,14 @@
+"""Whether an answer that was to be a JSON object is one, also if it was cut short."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+def check_object(text: str, *, cut: bool) -> None:
+    """Fail unless a text is a JSON object, or the beginning of one if it was cut short."""
+    assert text.lstrip().startswith("{"), text
+    try:
+        assert isinstance(msgspec.json.decode(text), dict), text
+    except msgspec.DecodeError as error:
+        assert cut and "truncated" in str(error), (str(error), text)
