@@ -29,7 +29,7 @@ WITHOUT_AMX := -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 # llama-cpp-python are skipped by name.
 .venv/full: .venv/dev
 	if command -v c++ >/dev/null; then \
-	    CMAKE_ARGS="$(WITHOUT_AMX)" \
+	    CMAKE_ARGS="$(WITHOUT_AMX) $$CMAKE_ARGS" \
 	    $(BIN)/pip install --disable-pip-version-check --editable '.[all,test]'; fi
 	touch $@
 

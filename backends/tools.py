@@ -155,12 +155,17 @@ def spelled_out(
         if not calls:
             plain.append(message)
             continue
-        texts = [message["content"]] if message.get("content") else []
+        texts = []
         for call in calls:
             function = call["function"]
             named = {"name": function["name"], "arguments": _arguments(function["arguments"])}
             texts.append(json.dumps(named, ensure_ascii=False))
-        plain.append({"role": message["role"], "content": "\n".join(texts)})
+        said = message.get("content") or ""
+        if isinstance(said, str):
+            content: Any = "\n".join([said, *texts] if said else texts)
+        else:
+            content = [*said, {"type": "text", "text": "\n".join(texts)}]
+        plain.append({"role": message["role"], "content": content})
     return tuple(plain)
 
 

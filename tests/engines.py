@@ -1,4 +1,4 @@
-"""One chat template on each engine that renders them, in one daemon."""
+"""Models of each kind, and one chat template on each engine that renders them, in one daemon."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ def add(daemon: RunningDaemon, unique: str, source: str, **more: Any) -> None:
     """Add a model and download it."""
     daemon.json("POST", "/modeld/v1/models", {"source": source, "unique": unique, **more})
     daemon.download(unique)
+
+
+def add_encoders(daemon: RunningDaemon, home: Path) -> None:
+    """Add an `embedder`, a `reranker` and a `classifier`."""
+    for name, folder in onnx_files.encoders(home).items():
+        add(daemon, name, f"{folder}/")
 
 
 def add_to_each(daemon: RunningDaemon, home: Path, template: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from backends import thinking, turns
+from backends import roles, thinking
 from backends.contract import BackendError, ChatRequest
 
 
@@ -43,7 +43,7 @@ class ChatTemplate:
         The engine puts the token that begins a text before it, where the model has one.
         """
         told = thinking.variables(request)
-        return turns.rendered(
+        return roles.rendered(
             lambda messages: self._template.render(
                 messages=messages, add_generation_prompt=True, bos_token="", eos_token="", **told
             ),

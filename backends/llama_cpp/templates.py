@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from backends import images, thinking, turns
+from backends import images, roles, thinking
 from backends.contract import BackendError, ChatRequest
 
 _PROBE = "which form of content does this template read"
@@ -57,7 +57,7 @@ class ChatTemplate:
         found: list[bytes] = []
         plain = [self._flattened(message, found) for message in messages]
         told = thinking.variables(request)
-        text = turns.rendered(lambda messages: self._render(list(messages), **told), plain)
+        text = roles.rendered(lambda messages: self._render(messages, **told), plain)
         if found and text.count(self._image_marker) != len(found):
             raise BackendError("invalid_request", "this model's chat template drops images")
         return text, found

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from backends import thinking, turns
+from backends import roles, thinking
 from backends.contract import (
     BackendError,
     Cancelled,
@@ -99,7 +99,7 @@ class Generator:
         messages = [{**message, "content": _plain(message)} for message in request.messages]
         template = thinking.settings(request) + self._template
 
-        def render(messages: Sequence[dict[str, Any]]) -> str:
+        def render(messages: list[dict[str, Any]]) -> str:
             told = json.dumps(messages)
             return str(
                 self._tokenizer.apply_chat_template(
@@ -107,7 +107,7 @@ class Generator:
                 )
             )
 
-        return turns.rendered(render, messages)
+        return roles.rendered(render, messages)
 
     def complete(self, request: CompleteRequest, cancelled: Cancelled) -> Generation:
         """See Completes.complete."""

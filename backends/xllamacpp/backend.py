@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, ClassVar
 
-from backends import builds, gguf, images, tools, turns, vectors
+from backends import builds, gguf, images, roles, tools, vectors
 from backends.contract import (
     Artifact,
     BackendError,
@@ -146,7 +146,7 @@ class Xllamacpp:
                 generation = tools.first_call_only(generation)
             try:
                 return (yield from generation)
-            except turns.Refused as error:  # before anything was said
+            except roles.Refused as error:  # before anything was said
                 refusals.append(error)
         raise refusals[0]
 
@@ -162,8 +162,8 @@ class Xllamacpp:
         images.check(request.messages)
         body = bodies.chat_body(request)
         spelled_out = tools.spelled_out(request.messages, self._chat_template)
-        for messages in turns.variants(spelled_out):
-            yield body | {"messages": list(messages)}
+        for messages in roles.variants(spelled_out):
+            yield body | {"messages": messages}
 
     def count(self, request: CountRequest, cancelled: Cancelled) -> Count:
         """See Counts.count."""
@@ -174,7 +174,7 @@ class Xllamacpp:
         for body in self._chat_bodies(chat):
             try:
                 answer = self._listener.post("/v1/chat/completions/input_tokens", body)
-            except turns.Refused as error:
+            except roles.Refused as error:
                 refusals.append(error)
             else:
                 return Count(tokens=answer["input_tokens"])

@@ -21,15 +21,19 @@ from backends.contract import (
     ToolCall,
     Usage,
 )
+from backends.roles import Refused
 from backends.room import context_exceeded
-from backends.turns import Refused
 
 # A request that does not stream can't be cancelled, and progress is what calls back in a prompt.
 _ALWAYS = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
 _MAX_REPEATS = 10_000  # a million of them took 1.7 GB
 _IMPOSSIBLE = -9999.0  # a log-probability, as the OpenAI API has it
-# The last line of what it says of a template that failed; the others show where in its text.
-_REFUSAL = re.compile(r"\nError: (?:Jinja Exception: )?(.+)\s*\Z")
+# How it ends what it says of a template that failed, after where in its text that was; and the one
+# conversation that it refuses by itself.
+_REFUSAL = re.compile(
+    r"(?:\nError: (?:Jinja Exception: )?|\A(?=Cannot have 2 or more assistant messages))(.+?)\s*\Z",
+    re.DOTALL,
+)
 _SAMPLING_FIELDS = (
     "max_tokens",
     "temperature",
@@ -178,7 +182,7 @@ def error(said: dict[str, Any]) -> BackendError:
     if said.get("type") == "exceed_context_size_error":
         return context_exceeded(said.get("n_prompt_tokens", 0), said.get("n_ctx", 0))
     message = str(said.get("message", "the engine gave no reason"))
-    if refusal := _REFUSAL.search(message):
-        return Refused(refusal[1])
-    code = "invalid_request" if said.get("code") == 400 else "engine_error"
-    return BackendError(code, message)
+    if said.get("code") != 400:
+        return BackendError("engine_error", message)
+    refusal = _REFUSAL.search(message)
+    return Refused(refusal[1]) if refusal else BackendError("invalid_request", message)

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backends import gguf, thinking
+from backends import builds, gguf, thinking
 from backends.contract import BackendError, LoadSpec, Placement, Task
 from backends.placement import device_ids, engine_split
 from backends.xllamacpp.listener import Listener
@@ -56,6 +56,7 @@ def parameters(spec: LoadSpec, options: Mapping[str, Any], listener: Listener) -
     params.kv_unified = False
     params.n_gpu_layers, shares = gpu_split(spec.placement, xllamacpp.get_device_info())
     params.tensor_split = [*shares, *params.tensor_split[len(shares) :]]
+    params.no_extra_bufts = not builds.lays_out_anew(str(xllamacpp.get_system_info()))
     params.cache_ram_mib = 0
     params.n_ctx_checkpoints = _CHECKPOINTS
     params.warmup = False

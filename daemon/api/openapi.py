@@ -127,7 +127,8 @@ def _error_type(path: str) -> Any:
 
 
 def _types(path: str, about: Operation) -> Iterable[Any]:
-    for type_ in (about.body, about.query, about.frames, *_pieces(about), *about.answers.values()):
+    types = (about.body, about.query, about.frames, about.sent)
+    for type_ in (*types, *_pieces(about), *about.answers.values()):
         if type_ is not None and type_ is not str:
             yield type_
     yield _error_type(path)
@@ -194,6 +195,8 @@ def _responses(schemas: _Schemas, path: str, about: Operation) -> dict[str, Any]
     if about.frames is not None:
         frame = {"type": "string"} if about.frames is str else schemas.of(about.frames)
         responses["101"] = {"description": "A WebSocket", "x-itemSchema": frame}
+        if about.sent is not None:
+            responses["101"]["x-sentSchema"] = schemas.of(about.sent)
     error = {"schema": schemas.of(_error_type(path))}
     content = {TEXT: {"schema": {"type": "string"}}} if is_pieces(path) else {JSON: error}
     for status in sorted(_error_statuses(path, about)):

@@ -54,7 +54,8 @@ class Operation:
     `answers` are the types of what succeeds, by status; None: no body, `str`: plain text. `stream`
     is the type of the pieces of an answer that is sent in pieces, as `stream_type`, or a tuple of
     their types. `errors` are those that it may answer with, besides the gate's. `frames` is the
-    type of what comes over a WebSocket, where one may be opened.
+    type of what comes over a WebSocket, where one may be opened, and `sent` that of what clients
+    send.
     """
 
     body: Any = None
@@ -65,6 +66,7 @@ class Operation:
     stream_type: str = SSE
     errors: tuple[type[ModeldError], ...] = ()
     frames: Any = None
+    sent: Any = None
 
 
 def operation(
@@ -78,6 +80,7 @@ def operation(
     stream_type: str = SSE,
     errors: tuple[type[ModeldError], ...] = (),
     frames: Any = None,
+    sent: Any = None,
 ) -> Callable[[H], H]:
     """Describe a handler: see Operation. `answer` is short for `answers={200: answer}`."""
     if body is not None:
@@ -93,6 +96,7 @@ def operation(
         stream_type=stream_type,
         errors=errors,
         frames=frames,
+        sent=sent,
     )
 
     def describe(handler: H) -> H:

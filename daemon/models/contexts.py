@@ -64,7 +64,7 @@ class Contexts:
         whole = not self._settings.context_length and not record.cloud
         return Asking(self, record, resident, ticket, request, whole=whole)
 
-    async def check(self, record: ModelRecord, resident: Resident, ticket: Ticket) -> None:
+    async def check_memory(self, record: ModelRecord, resident: Resident, ticket: Ticket) -> None:
         """See what it would take to load a model anew for a ticket that asks for a longer context.
 
         Raises InsufficientMemory if there can't be so much: what is loaded stays then. Raises

@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Deadlines:
-    """Ends what lasts too long. Who waits for a turn may do so for `wait_s`.
+    """Ends what lasts too long.
 
+    Who waits while memory is critical, or for a longer context, may do so for `wait_s` seconds.
     `pump` is called for a model that may go on, and `left` for one from whose queue somebody was
     sent away.
     """

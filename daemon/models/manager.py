@@ -59,9 +59,9 @@ from daemon.workers.worker import Answer
 T = TypeVar("T", Embeddings, Scores, Classes, Count)
 _USUAL = Terms()
 # Vectors, scores and labels take a moment, and clients ask for those of a whole document at once:
-# so many of them may wait for each answer that may.
+# so many of them may wait for each answer that may. By default that is Ollama's bound (512).
 _SHORT = (Task.EMBED, Task.RERANK, Task.CLASSIFY)
-_SHORT_PER_LONG = 8
+_SHORT_PER_LONG = 4
 _THERE = (ModelState.LOADING, ModelState.READY)
 
 
@@ -180,7 +180,7 @@ class ModelManager:
         resident = self._residency.of(record)
         ticket = self._residency.ticket(resident, LOAD, terms)
         with self._listed(ticket):
-            await self._contexts.check(record, resident, ticket)
+            await self._contexts.check_memory(record, resident, ticket)
             await self._residency.turn(resident, ticket)
 
     async def unload(self, model_id: str) -> None:
@@ -339,7 +339,7 @@ class ModelManager:
         limit = self._settings.queue_limit * (_SHORT_PER_LONG if task in _SHORT else 1)
         if resident.waiting >= limit:
             raise QueueFull(
-                f"{resident.waiting} requests wait for {resident.unique} already "
+                f"{resident.waiting} requests wait for {resident.unique} already, and {limit} may "
                 "([models] queue_limit)",
                 retry_after_s=5,
             )
@@ -355,7 +355,7 @@ class ModelManager:
         ticket = self._residency.ticket(resident, task, terms)
         asking = self._contexts.asking(record, resident, ticket, request)
         with self._listed(ticket):
-            await self._contexts.check(record, resident, ticket)
+            await self._contexts.check_memory(record, resident, ticket)
             while True:
                 try:
                     instance = await self._residency.turn(resident, ticket)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
-import onnx_files
 import pytest
 import requests
 import schemathesis
+from engines import add_encoders
 from gguf_models import tiny_llama
 from hub import LocalHub
 from hypothesis import strategies
@@ -81,10 +81,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
         daemon = RunningDaemon(home, "--config", str(config), HF_ENDPOINT=hub.url)
         try:
             daemon.start().download()
-            for name, folder in onnx_files.encoders(home).items():
-                body = {"source": f"{folder}/", "unique": name}
-                daemon.json("POST", "/modeld/v1/models", body)
-                daemon.download(name)
+            add_encoders(daemon, home)
             add_one_to_remove(daemon)
             yield daemon
         finally:

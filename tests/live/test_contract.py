@@ -528,7 +528,9 @@ async def test_a_crash_of_the_engine_is_reported(case, worker):
     stories = None
     if case.tasks & {Task.CHAT, Task.COMPLETE}:
         stories = asyncio.create_task(tell_stories())
-        await said.wait()
+        begun = asyncio.create_task(said.wait())
+        await asyncio.wait({stories, begun}, return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
     os.kill(worker.pid, signal.SIGKILL)
     if stories is not None:
         with pytest.raises(errors.WorkerCrashed, match="SIGKILL"):

@@ -17,6 +17,7 @@ import aiohttp
 import gguf_models
 import pytest
 from contract_cases import GGUF, artifact_of
+from engines import add
 from running import RunningDaemon, needs_engine
 
 from backends.contract import (
@@ -137,13 +138,6 @@ def model(tmp_path_factory) -> Path:
     return gguf_models.tiny_llama(tmp_path_factory.mktemp("letters"))
 
 
-def add(daemon: RunningDaemon, name: str, model: Path) -> None:
-    """Have the daemon know a model, and its files."""
-    body = {"source": str(model), "unique": name, "options": EXACT}
-    daemon.json("POST", "/modeld/v1/models", body)
-    daemon.download(name)
-
-
 @pytest.fixture(scope="module")
 def daemon(engine, model, tmp_path_factory):
     daemon = RunningDaemon(
@@ -153,7 +147,7 @@ def daemon(engine, model, tmp_path_factory):
     )
     daemon.start()
     try:
-        add(daemon, MODEL, model)
+        add(daemon, MODEL, str(model), options=EXACT)
         yield daemon
     finally:
         daemon.stop()
@@ -291,7 +285,7 @@ async def test_sixteen_questions_are_answered_with_all_that_the_engine_says(
     scratch = tmp_path_factory.mktemp("scratch")
     expected = await asyncio.to_thread(asked_of_engine, engine, model, scratch, requests)
     assert len(set(expected)) == STREAMS and all(len(text) > TOKENS for text in expected)
-    add(daemon, "brief", model)
+    add(daemon, "brief", str(model), options=EXACT)
     model_id = daemon.model("brief")["id"]
     async with aiohttp.ClientSession() as session:
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from backends.turns import Content, join
+from backends.roles import Content, joined
 from daemon.errors import InvalidRequest
 
 
@@ -139,8 +139,7 @@ def to_backend(messages: Iterable[AnthropicMessage]) -> list[dict[str, Any]]:
     names: dict[str, str] = {}  # of the tools that were called, by the ids of the calls
     last = ""
     for message in messages:
-        for part in _parts(message, names):
-            join(found, part)
+        found += _parts(message, names)
         last = message.role
     if last == "assistant":
         raise InvalidRequest(
@@ -148,7 +147,7 @@ def to_backend(messages: Iterable[AnthropicMessage]) -> list[dict[str, Any]]:
             "is given (prefill): end with a message of the user",
             param="messages",
         )
-    return found
+    return joined(found)
 
 
 def _parts(message: AnthropicMessage, names: dict[str, str]) -> Iterable[dict[str, Any]]:

@@ -13,7 +13,7 @@ from daemon.api.errors import read_json
 from daemon.api.generation import gathered
 from daemon.api.operation import operation
 from daemon.api.pieces import aliases
-from daemon.api.pieces.questions import Answered, Frame, Question, answered, before, prompt
+from daemon.api.pieces.questions import Answered, Frame, Question, Turn, answered, before, prompt
 from daemon.api.pieces.turns import Turns, asked
 from daemon.api.sockets import accept, is_upgrade, serve
 from daemon.errors import InvalidRequest
@@ -35,7 +35,7 @@ async def question(request: web.Request) -> web.Response:
     return web.json_response(answered(said.content))
 
 
-@operation(answers={}, frames=Frame)
+@operation(answers={}, frames=Frame, sent=Turn)
 async def stream(request: web.Request) -> web.StreamResponse:
     """Answer the questions that come over a WebSocket; one may carry many, also at once."""
     if not is_upgrade(request):

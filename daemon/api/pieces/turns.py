@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import WSMsgType, web
 
 from backends.contract import ChatRequest, Delta, Done, Sampling
-from backends.turns import join
+from backends.roles import joined
 from daemon.api.context import services
 from daemon.api.pieces import aliases
 from daemon.api.pieces.conversations import name_for
@@ -55,10 +55,7 @@ def keep(app: web.Application) -> None:
 
 def asked(messages: Iterable[dict[str, Any]]) -> ChatRequest:
     """Return what a model is asked. Pure."""
-    conversation: list[dict[str, Any]] = []
-    for message in messages:
-        join(conversation, message)
-    return ChatRequest(messages=tuple(conversation), sampling=_SAMPLING)
+    return ChatRequest(messages=tuple(joined(messages)), sampling=_SAMPLING)
 
 
 class Lines:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from backends.turns import Content, join
+from backends.roles import Content, joined
 from daemon.api.openai.messages import Body, whole
 from daemon.errors import InvalidRequest
 
@@ -99,21 +99,21 @@ def to_backend(items: Sequence[InputItem]) -> list[dict[str, Any]]:
             case "message":
                 item.needs("role", "content", at=at)
                 role = "system" if item.role == "developer" else item.role
-                join(found, {"role": role, "content": _content(item.content, at)})
+                found.append({"role": role, "content": _content(item.content, at)})
             case "function_call":
                 item.needs("call_id", "name", "arguments", at=at)
                 names[item.call_id] = str(item.name)
-                join(found, {"role": "assistant", "content": "", "tool_calls": [_call(item)]})
+                found.append({"role": "assistant", "content": "", "tool_calls": [_call(item)]})
             case "function_call_output":
                 item.needs("call_id", "output", at=at)
                 content = _content(item.output, at)
                 result = {"role": "tool", "tool_call_id": item.call_id, "content": content}
                 if item.call_id in names:
                     result["name"] = names[item.call_id]
-                join(found, result)
+                found.append(result)
             case "reasoning":
                 pass
-    return found
+    return joined(found)
 
 
 def _call(item: InputItem) -> dict[str, Any]:

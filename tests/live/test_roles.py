@@ -1,6 +1,8 @@
-"""Chat templates that know a user and an assistant in turns alone, and conversations with more."""
+"""Chat templates that know a user and an assistant in turns alone, and what else is said."""
 
 from __future__ import annotations
+
+import json
 
 import gguf_models
 import pytest
@@ -44,7 +46,7 @@ def daemon(tmp_path_factory):
         add_to_each(daemon, home, ALTERNATES)
         refusing = (
             "{%- if 'Hello' in messages[-1].content %}"
-            "{{- raise_exception('no conversation is any good') }}"
+            "{{- raise_exception('no conversation\\nis any good') }}"
             "{%- endif %}{{- messages[-1].content }}"
         )
         for name in ("xllamacpp", "llama_cpp"):
@@ -77,14 +79,19 @@ def test_a_conversation_is_told_in_the_turns_that_the_template_knows(
     assert chat(daemon, engine, said) == chat(daemon, engine, in_turns)
 
 
-def test_the_tokens_that_are_counted_are_those_of_the_turns(daemon):
-    for engine in ("xllamacpp", "llama_cpp"):
-        for said, _ in CONVERSATIONS[1:2]:
-            body = {"model": engine, "messages": [message(*each) for each in said]}
-            counted = daemon.json("POST", "/v1/messages/count_tokens", body)["input_tokens"]
-            body["input"] = body.pop("messages")
-            items = daemon.json("POST", "/v1/responses/input_tokens", body)["input_tokens"]
-            assert counted == items == chat(daemon, engine, said)[1]
+@pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
+def test_the_tokens_that_are_counted_are_those_of_the_turns(daemon, engine):
+    needs_engine(ENGINES[engine])
+    said, _ = CONVERSATIONS[-1]
+    items = [
+        {"role": "user", "content": "When?"},
+        {"type": "function_call", "call_id": "call_1", **CALL["function"]},
+        {"type": "function_call_output", "call_id": "call_1", "output": "At noon."},
+        {"role": "user", "content": "Thanks."},
+    ]
+    body = {"model": engine, "input": items}
+    counted = daemon.json("POST", "/v1/responses/input_tokens", body)["input_tokens"]
+    assert counted == chat(daemon, engine, said)[1]
 
 
 @pytest.mark.parametrize("engine", ["xllamacpp", "llama_cpp"])
@@ -93,4 +100,5 @@ def test_a_refusal_of_all_is_told_in_the_template_s_own_words(daemon, engine):
     body = {"model": f"refusing-{engine}", "messages": [message("user", "Hello")]}
     status, _, text = daemon.request("POST", "/v1/chat/completions", body)
     assert status == 400
-    assert "the chat template refused: no conversation is any good" in text
+    words = json.loads(text)["error"]["message"]
+    assert words == "the chat template refused: no conversation\nis any good"
