@@ -98,9 +98,3 @@ def test_the_first_refusal_is_told():
 def test_what_is_in_turns_already_is_asked_once():
     messages = said(("user", "a"), ("assistant", "b"), ("user", "c"))
     assert list(variants(messages)) == [messages]
-
-
-def test_many_messages_of_one_role_take_no_longer_than_reading_them():
-    many = said(*[("user", "word " * 300)] * 10_000)
-    (message,) = joined(many)
-    assert len(message["content"]) == 10_000 * 1501 - 1
