@@ -16,7 +16,7 @@ from aiohttp import web
 
 from daemon import __version__
 from daemon.api.errors import ErrorAnswer, is_pieces
-from daemon.api.operation import JSON, TEXT, Operation, described, operation
+from daemon.api.operation import JSON, SSE, TEXT, Operation, described, operation
 from daemon.errors import Forbidden, InternalError, ModeldError
 
 _REF = "#/components/schemas/{name}"
@@ -187,10 +187,9 @@ def _responses(schemas: _Schemas, path: str, about: Operation) -> dict[str, Any]
         if about.stream is not None:
             # OpenAPI 3.1 has no word for the parts of a stream; 3.2 calls this itemSchema.
             pieces = [schemas.of(type_) for type_ in _pieces(about)]
-            content[about.stream_type] = {
-                "schema": {"type": "string"},
-                "x-itemSchema": pieces[0] if len(pieces) == 1 else {"anyOf": pieces},
-            }
+            piece = pieces[0] if len(pieces) == 1 else {"anyOf": pieces}
+            whole = _event(piece, about.last) if about.stream_type == SSE else {"type": "string"}
+            content[about.stream_type] = {"schema": whole, "x-itemSchema": piece}
         responses[str(status)] = _response(status, content)
     if about.frames is not None:
         frame = {"type": "string"} if about.frames is str else schemas.of(about.frames)
@@ -202,6 +201,14 @@ def _responses(schemas: _Schemas, path: str, about: Operation) -> dict[str, Any]
     for status in sorted(_error_statuses(path, about)):
         responses.setdefault(str(status), _response(status, content))
     return responses
+
+
+def _event(piece: Any, last: str) -> dict[str, Any]:
+    """Return the schema of each event of a stream, as tools take the schema of one to be."""
+    json_of_piece = {"type": "string", "contentMediaType": JSON, "contentSchema": piece}
+    data = {"anyOf": [{"const": last}, json_of_piece]} if last else json_of_piece
+    properties = {"event": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": properties, "required": ["data"]}
 
 
 def _response(status: int, content: Mapping[str, Any]) -> dict[str, Any]:

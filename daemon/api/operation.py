@@ -53,9 +53,9 @@ class Operation:
 
     `answers` are the types of what succeeds, by status; None: no body, `str`: plain text. `stream`
     is the type of the pieces of an answer that is sent in pieces, as `stream_type`, or a tuple of
-    their types. `errors` are those that it may answer with, besides the gate's. `frames` is the
-    type of what comes over a WebSocket, where one may be opened, and `sent` that of what clients
-    send.
+    their types; `last` is what ends a stream of events, if that is no piece. `errors` are those
+    that it may answer with, besides the gate's. `frames` is the type of what comes over a
+    WebSocket, where one may be opened, and `sent` that of what clients send.
     """
 
     body: Any = None
@@ -64,6 +64,7 @@ class Operation:
     answers: Mapping[int, Any] = field(default_factory=dict)
     stream: Any = None
     stream_type: str = SSE
+    last: str = ""
     errors: tuple[type[ModeldError], ...] = ()
     frames: Any = None
     sent: Any = None
@@ -78,6 +79,7 @@ def operation(
     answers: Mapping[int, Any] | None = None,
     stream: Any = None,
     stream_type: str = SSE,
+    last: str = "",
     errors: tuple[type[ModeldError], ...] = (),
     frames: Any = None,
     sent: Any = None,
@@ -94,6 +96,7 @@ def operation(
         answers={200: answer} if answers is None else answers,
         stream=stream,
         stream_type=stream_type,
+        last=last,
         errors=errors,
         frames=frames,
         sent=sent,

@@ -20,6 +20,7 @@ from daemon.api.gate import Handler
 T = TypeVar("T")
 _PATIENCE_S = 3.0
 _ROOM_BYTES = 16 * 1024  # what a connection takes at once that nothing waits on
+DONE = "[DONE]"  # what OpenAI ends its streams with
 STALLED_S = 30.0  # for how long a client may read nothing of what waits for it
 
 
@@ -115,7 +116,7 @@ class Stream:
 
 
 class EventStream(Stream):
-    """Server-sent events: `data` alone, and `[DONE]` as the last."""
+    """Server-sent events: `data` alone, and DONE as the last."""
 
     content_type = "text/event-stream"
     comment = b": still waiting for the model\n\n"
@@ -126,7 +127,7 @@ class EventStream(Stream):
 
     async def done(self) -> None:
         """See Stream."""
-        await self.write(b"data: [DONE]\n\n")
+        await self.write(f"data: {DONE}\n\n".encode())
 
 
 class NamedEventStream(Stream):

@@ -165,6 +165,15 @@ async def test_nothing_to_say_loads_or_unloads_the_model(client, add_model):
         assert (await (await client.get("/api/ps")).json())["models"] == []
 
 
+@pytest.mark.parametrize("keep_alive", [-1, "1000000h", 10**15])
+async def test_what_stays_for_ever_is_shown_to(client, add_model, keep_alive):
+    await add_model()
+    await client.post("/api/generate", json={"model": "tiny", "keep_alive": keep_alive})
+    (running,) = (await (await client.get("/api/ps")).json())["models"]
+    stays = datetime.fromisoformat(running["expires_at"]) - datetime.now(UTC)
+    assert stays > timedelta(days=36_000)
+
+
 async def test_models_have_names_with_and_without_a_tag(client, add_model, services):
     await add_model("tiny")
     await add_model("other:1b-q4")

@@ -83,7 +83,9 @@ async def running(request: web.Request) -> web.Response:
         booked = parts.ledger.reservations.get(record.id)
         gpu_bytes = sum(booked.gpus.values()) if booked is not None else 0
         stays_s = status.unloads_in_s
-        stays = _FOR_EVER if stays_s is None else timedelta(seconds=stays_s)
+        stays = _FOR_EVER
+        if stays_s is not None and stays_s < _FOR_EVER.total_seconds():
+            stays = timedelta(seconds=stays_s)
         found.append(
             {
                 "name": shown(record.unique),

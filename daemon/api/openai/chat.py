@@ -27,6 +27,7 @@ from daemon.api.openai.answers import (
 from daemon.api.openai.shown import extras, failure, said_tokens, several, stream_of, usage
 from daemon.api.openai.types import ChatBody
 from daemon.api.operation import WORK, operation
+from daemon.api.streams import DONE
 from daemon.errors import ModeldError
 
 
@@ -35,7 +36,7 @@ def routes() -> list[web.RouteDef]:
     return [web.post("/v1/chat/completions", chat_completions)]
 
 
-@operation(ChatCompletion, body=ChatBody, stream=(ChatChunk, StreamFailure), errors=WORK)
+@operation(ChatCompletion, body=ChatBody, stream=(ChatChunk, StreamFailure), last=DONE, errors=WORK)
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, at once or as a stream."""
     body = await read_json(request, ChatBody)

@@ -21,6 +21,7 @@ from daemon.api.openai.answers import (
 from daemon.api.openai.shown import extras, failure, read_texts, several, stream_of, usage
 from daemon.api.openai.types import CompletionBody
 from daemon.api.operation import WORK, operation
+from daemon.api.streams import DONE
 from daemon.errors import ModeldError
 
 
@@ -29,7 +30,9 @@ def routes() -> list[web.RouteDef]:
     return [web.post("/v1/completions", completions)]
 
 
-@operation(TextCompletion, body=CompletionBody, stream=(TextChunk, StreamFailure), errors=WORK)
+@operation(
+    TextCompletion, body=CompletionBody, stream=(TextChunk, StreamFailure), last=DONE, errors=WORK
+)
 async def completions(request: web.Request) -> web.StreamResponse:
     """Go on from a text, at once or as a stream."""
     body = await read_texts(request, CompletionBody, "prompt")
