@@ -281,6 +281,15 @@ async def test_keep_alive_is_understood_as_ollama_writes_it(client, add_model):
     await until(lambda: is_unloaded(client))
 
 
+@pytest.mark.parametrize(("asked", "kept"), [(4.5e252, f"{4.5e252:.0f}"), (1e-7, "0"), (90, "90")])
+async def test_a_keep_alive_of_any_size_is_kept(client, add_model, asked, kept):
+    await add_model("tiny")
+    response = await client.patch("/modeld/v1/models/tiny", json={"keep_alive": asked})
+    assert (response.status, (await response.json())["keep_alive"]) == (200, kept)
+    await post(client, "/modeld/v1/models/tiny/load", {})
+    assert (await client.get("/modeld/v1/models/tiny")).status == 200
+
+
 async def test_a_model_has_a_keep_alive_of_its_own(client, add_model):
     await add_model()
     response = await client.patch("/modeld/v1/models/tiny", json={"keep_alive": "0.2s"})

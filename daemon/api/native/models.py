@@ -112,7 +112,8 @@ def _keep_alive(value: float | str) -> str:
     if value == "":
         return ""
     duration(value, "keep_alive")
-    return str(value)
+    # A duration has no exponent, which Python writes numbers with that are large or small enough.
+    return f"{value:f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 @operation(ModelView, body=Changes, errors=NO_MODEL)
