@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from daemon.addresses import PORTS
 from daemon.catalog.seed import builtin
 
 SAMPLE = "smollm2:135m-instruct-q4_1"
@@ -87,6 +88,9 @@ class RunningDaemon:
                 raise AssertionError(f"the daemon did not start: {self.log}")
             time.sleep(0.02)
         self.url = address.read_text().split("\n")[0]
+        if "--listen" not in self._arguments and self.host_port[1] in PORTS:
+            self.stop()  # given by chance: clients of Pieces in other tests would find it
+            return self.start()
         return self
 
     @property

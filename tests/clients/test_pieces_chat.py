@@ -1,6 +1,6 @@
 """The real chat clients of Pieces, unpatched: PiecesClient of the Python SDK, and pieces-cli.
 
-They look for the daemon at the ports of Pieces OS, so it listens at one of them.
+They look for the daemon at the ports of Pieces OS, so it listens at one of them, and nothing else may.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ CLI = ROOT / ".venv" / "pieces-cli" / "bin" / "pieces"
 QUESTION = "Where is the Eiffel Tower?"
 ALIASES = ["GPT-3.5-turbo Chat Model", "GPT-4o Chat Model", "Gemini 2.0 Flash Lite Chat Model"]
 WAIT_S = 60.0
+pytestmark = pytest.mark.alone  # a server of another test may be given one of the ports by chance
 
 # Ends with os._exit: closing its sockets takes the client some seconds.
 DRIVE = """
