@@ -319,11 +319,13 @@ def test_a_model_that_does_not_fit_is_an_unavailable_service(start_daemon):
 
 
 def test_a_crash_in_a_stream_is_an_error_with_words(client, daemon):
-    stream = say(client, stream=True, max_tokens=2000)
+    stream = say(client, stream=True, max_tokens=2000, extra_body={"ignore_eos": True})
     with stream, pytest.raises(anthropic.APIStatusError, match="crashed") as crash:
-        for event in stream:
-            if event.type == "content_block_delta":
-                os.kill(daemon.model()["worker_pid"], signal.SIGKILL)
+        said = (event for event in stream if event.type == "content_block_delta")
+        next(said)
+        os.kill(daemon.model()["worker_pid"], signal.SIGKILL)
+        for _ in said:  # what was on its way
+            pass
     assert crash.value.body["error"]["type"] == "api_error"
 
 
