@@ -12,7 +12,13 @@ from hypothesis import HealthCheck, settings
 from running import RunningDaemon
 from turns import turn
 
+from daemon.workers.environment import DEFAULTS
+
 TESTS = Path(__file__).parent
+
+# Some tests call an engine without modeld, beside others that want the same cores: its threads must
+# not spin there either. 24 tokens of SmolLM2 beside two busy programs took 17 s, and take 4.
+os.environ.setdefault("GOMP_SPINCOUNT", DEFAULTS["GOMP_SPINCOUNT"])
 
 # A machine that others use as well makes examples slowly; that says nothing of the code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
