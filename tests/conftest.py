@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
 
 
+def pytest_collection_finish() -> None:
+    """Keep what all tests share out of collections, which would halt the loop of the one that runs."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """In CI nothing may be skipped: every tool is there, so a skip hides a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
@@ -57,12 +64,17 @@ def no_children_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "daemon" in request.fixturenames or "sample_daemon" in request.fixturenames:
         return  # its own fixture stops it later and checks that
-    left = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child not in before and child.status() != psutil.STATUS_ZOMBIE
-    ]
+    new = [each for each in psutil.Process().children(recursive=True) if each not in before]
+    left = [child for child in psutil.wait_procs(new, timeout=5)[1] if not gone(child)]
     assert not left, left
+
+
+def gone(child: psutil.Process) -> bool:
+    """Whether a process has ended, if its parent has seen that or not."""
+    try:
+        return child.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture

@@ -42,9 +42,9 @@ async def jobs(client: Any) -> Jobs:
     return {job["unique"]: job for job in (await response.json())["downloads"]}
 
 
-async def until(client: Any, holds: Callable[[Jobs], Any]) -> Jobs:
-    """Return the downloads once that holds of them, within half a minute."""
-    async with asyncio.timeout(30):
+async def until(client: Any, holds: Callable[[Jobs], Any], within_s: float = 30) -> Jobs:
+    """Return the downloads once that holds of them."""
+    async with asyncio.timeout(within_s):
         while not holds(found := await jobs(client)):
             await asyncio.sleep(0.02)
     return found

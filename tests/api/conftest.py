@@ -14,6 +14,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from backends.registry import Registry
 from daemon import service
+from daemon.api import streams
 from daemon.api.app import build
 from daemon.api.context import SERVICES, Services
 from daemon.config import Config
@@ -53,6 +54,12 @@ async def client(
 @pytest.fixture
 def services(client: Client) -> Services:
     return client.app[SERVICES]
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No answer begins before its first piece, or its failure, however slow this machine is."""
+    monkeypatch.setattr(streams, "_PATIENCE_S", 60.0)
 
 
 @pytest.fixture

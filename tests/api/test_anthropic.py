@@ -181,6 +181,7 @@ async def test_calls_stream_as_pieces_of_json(client):
     assert found[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+@pytest.mark.usefixtures("patient")
 async def test_what_fails_in_a_stream_is_an_event_and_before_it_a_status(client):
     found = await events(client, ask("!crash 3"))
     assert found[-1]["type"] == "error" and found[-1]["error"]["type"] == "api_error"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import socket
+import time
 
 import pytest
 from aiohttp import ClientPayloadError, WSMsgType
@@ -30,6 +31,12 @@ async def connect(client) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     opened.setblocking(False)
     await asyncio.get_running_loop().sock_connect(opened, ("127.0.0.1", client.port))
     return await asyncio.open_connection(sock=opened, limit=4096)
+
+
+def narrow(client) -> None:
+    """Give what the daemon sends from now on little room in the kernel."""
+    (listening,) = client.server.runner.sites.copy().pop()._server.sockets
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # so has what it accepts
 
 
 def request_bytes(path: str, body: bytes, length: int | None = None) -> bytes:
@@ -272,8 +279,7 @@ async def test_an_answer_that_nobody_reads_is_dropped(
 ):
     monkeypatch.setattr(streams, "STALLED_S", 0.5)
     await add_model("tiny", tokenizer_chat_template="x")
-    (listening,) = client.server.runner.sites.copy().pop()._server.sockets
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * 1024)  # so has what it accepts
+    narrow(client)
     open_before = len(client.server.handler.connections)
     reader, writer = await connect(client)
     writer.write(request_bytes(path, json.dumps(body).encode()))
@@ -288,14 +294,16 @@ async def test_an_answer_that_nobody_reads_is_dropped(
 
 
 async def test_a_whole_answer_that_is_read_slowly_arrives(client, add_model, monkeypatch):
-    monkeypatch.setattr(streams, "STALLED_S", 0.2)
+    monkeypatch.setattr(streams, "STALLED_S", 1.0)
     await add_model()
+    narrow(client)
     reader, writer = await connect(client)
     writer.write(request_bytes(CHAT, json.dumps(ask("!words 60000")).encode()))
-    said = b""
-    async with asyncio.timeout(WAIT_S):
+    said = await reader.read(1024)
+    began = time.monotonic()
+    async with asyncio.timeout(2 * WAIT_S):
         while b"word59999" not in said:
             said += await reader.read(32 * 1024)
             await asyncio.sleep(0.05)
     writer.close()
-    assert len(said) > 500_000
+    assert len(said) > 500_000 and time.monotonic() - began > 2 * streams.STALLED_S

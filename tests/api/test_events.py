@@ -43,7 +43,7 @@ async def test_both_forms_tell_all_that_changes(client, add_model):
             assert [model["unique"] for model in first["models"] if model["custom"]] == ["tiny"]
             assert [job["unique"] for job in first["downloads"]] == ["tiny"]
             assert first["requests"] == [] and first["memory"]["reserved_bytes"] == 0
-            body = {"model": "tiny", "messages": [{"role": "user", "content": "!slow 40"}]}
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "!slow 150"}]}
             asked = asyncio.create_task(client.post("/v1/chat/completions", json=body))
             seen = await until(events, lambda event: event["type"] == "request_ended")
             assert (await asked).status == 200
@@ -78,7 +78,7 @@ async def test_a_download_and_a_removal_are_told(client, add_model, services):
 
 
 async def test_a_load_tells_how_far_it_is(client, add_model):
-    await add_model("tiny", test_load="slow 1")
+    await add_model("tiny", test_load="slow 3")
     async with opened(client, "lines") as events:
         await until(events, lambda event: True)
         asked = asyncio.create_task(client.post("/modeld/v1/models/tiny/load"))

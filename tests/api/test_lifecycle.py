@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from daemon.errors import Stopping
+from daemon.models import residency
 
 
 async def get(client, path):
@@ -164,14 +165,16 @@ async def test_a_model_that_never_loads_is_tried_with_growing_delay(client, add_
     assert asyncio.get_running_loop().time() - asked > 0.5
 
 
-async def test_an_unload_ends_the_requests_that_wait(client, add_model):
+async def test_an_unload_ends_the_requests_that_wait(client, add_model, monkeypatch):
     """Otherwise the first of them would load the model again at once."""
+    monkeypatch.setattr(residency, "DRAIN_S", 30.0)
     await add_model()
-    body = ask("!slow 60")
+    body = ask("!slow 250")
     asking = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(6)]
 
     async def waiting():
-        return (await shown(client))["waiting"] == 4
+        model = await shown(client)
+        return model["state"] == "ready" and model["waiting"] == 4
 
     await until(waiting)
     await client.post("/modeld/v1/models/tiny/unload")

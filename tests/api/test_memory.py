@@ -79,7 +79,7 @@ async def test_what_is_shown_of_memory_adds_up(client, add_model):
 
 
 async def test_memory_of_a_load_that_goes_on_is_a_model_s(client, add_model, services):
-    await add_model(test_load="slow 3")
+    await add_model(test_load="slow 6")
     loading = asyncio.create_task(client.post("/modeld/v1/models/tiny/load"))
 
     async def has_some():

@@ -200,7 +200,7 @@ async def test_models_have_names_with_and_without_a_tag(client, add_model, servi
 @pytest.mark.parametrize("loading", [False, True])
 async def test_who_unloads_a_model_ends_nobody_elses_answer(client, add_model, services, loading):
     model_id = await add_model("tiny", **({"test_load": "slow 1"} if loading else {}))
-    answer = asyncio.create_task(client.post("/api/chat", json=ask("!slow 100", stream=False)))
+    answer = asyncio.create_task(client.post("/api/chat", json=ask("!slow 200", stream=False)))
     wanted = ModelState.LOADING if loading else ModelState.READY
     async with asyncio.timeout(20):
         while services.models.status(model_id).state is not wanted:
@@ -209,7 +209,7 @@ async def test_who_unloads_a_model_ends_nobody_elses_answer(client, add_model, s
     assert (await told.json())["done_reason"] == "unload"
     assert not answer.done()
     said = (await (await answer).json())["message"]["content"]
-    assert said.split() == [f"word{number}" for number in range(100)]
+    assert said.split() == [f"word{number}" for number in range(200)]
     async with asyncio.timeout(20):
         while services.models.status(model_id).state is not ModelState.UNLOADED:
             await asyncio.sleep(0.01)
@@ -369,6 +369,7 @@ async def test_what_is_not_done_is_said(client):
     )
 
 
+@pytest.mark.usefixtures("patient")
 async def test_a_failure_keeps_its_status_before_the_first_piece_and_is_a_line_after(
     client, add_model
 ):

@@ -94,7 +94,7 @@ async def test_a_turn_of_a_conversation_that_was_deleted_while_it_waited_fails(c
     await add_model("tiny", tokenizer_chat_template="x")
     key = await conversation(client)
     async with client.ws_connect("/qgpt/stream") as socket:
-        await socket.send_json(relevance("!slow 20", conversation=key, request="runs"))
+        await socket.send_json(relevance("!slow 200", conversation=key, request="runs"))
         assert (await socket.receive_json())["status"] == "IN-PROGRESS"
         await socket.send_json(relevance("waits", conversation=key, request="waits"))
         assert (await client.post(f"/conversations/{key}/delete")).status == 204

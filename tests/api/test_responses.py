@@ -193,6 +193,7 @@ async def test_thoughts_and_calls_stream_as_items_of_their_own(client):
     assert found[-2]["item"]["arguments"] == found[-3]["arguments"] == '{"city": "Paris"}'
 
 
+@pytest.mark.usefixtures("patient")
 async def test_what_fails_in_a_stream_ends_the_response_and_before_it_has_a_status(client):
     last = (await events(client, ask("!crash 3")))[-1]
     assert last["type"] == "response.failed" and last["response"]["status"] == "failed"

@@ -50,7 +50,7 @@ const model = `/model/${told.model}`;
 const results = {};
 
 function within(promise) {
-  const late = new Promise((resolve) => setTimeout(() => resolve("no answer"), 8000));
+  const late = new Promise((resolve) => setTimeout(() => resolve("no answer"), 20000));
   return Promise.race([promise, late]);
 }
 

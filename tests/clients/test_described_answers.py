@@ -139,6 +139,8 @@ IN_PATHS: dict[tuple[str, str], Made] = {
     ("post", "/models/{model}/delete"): There.key,
     ("post", "/models/{model}/delete/cache"): There.key,
     ("post", "/model/{model}/download"): There.key,
+    # Who comes to one that ended long ago is told nothing.
+    ("get", "/model/{model}/download/progress"): There.downloading,
     ("delete", f"{BASE}/models/{{model}}"): There.custom,
     ("post", f"{BASE}/models/{{model}}/classify"): lambda _: "classifier",
     ("post", f"{BASE}/models/{{model}}/download"): There.custom,

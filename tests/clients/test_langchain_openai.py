@@ -108,7 +108,8 @@ def test_the_responses_api(options):
 
 
 def test_texts_are_completed(options):
-    text = OpenAI(model=SAMPLE, temperature=0, max_tokens=6, **options)
+    # whose weights are not quantized: who else is in a batch changes no rounding
+    text = OpenAI(model="letters", temperature=0, max_tokens=6, **options)
     prompts = ["The capital of Italy is", "One, two, three,"]
     assert text.batch(prompts) == [text.invoke(prompt) for prompt in prompts]
     assert "".join(text.stream(prompts[0])) == text.invoke(prompts[0])

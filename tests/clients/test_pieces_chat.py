@@ -39,6 +39,7 @@ def text(frames):
     return "".join(a.text for f in frames if f.question for a in f.question.answers.iterable)
 
 client = PiecesClient()
+assert client.is_pieces_running(maxium_retries=8)  # of itself it waits for 0.1 s
 seen = {"models": client.available_models_names, "version": client.version,
         "health": client.health}
 PiecesClient.wait_for_cache()
@@ -99,13 +100,14 @@ def openai_text(daemon: RunningDaemon) -> str:
     return str(answer["choices"][0]["message"]["content"])
 
 
+@pytest.mark.timeout(180)
 def test_the_sdk_s_client_chats(daemon: RunningDaemon, clean: dict[str, str]) -> None:
     driven = subprocess.run(
         [sys.executable, "-c", DRIVE, QUESTION, "GPT-4o Chat Model"],
         env=clean,
         capture_output=True,
         text=True,
-        timeout=WAIT_S,
+        timeout=110,
         check=False,
     )
     assert driven.returncode == 0, driven.stderr

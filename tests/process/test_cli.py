@@ -17,6 +17,9 @@ from gguf_files import Tensor, write_gguf
 from hub import Faults, LocalHub
 from running import SAMPLE, run_command
 
+# Always the same story, of over 700 tokens: it goes on while a test looks at it.
+STORY = ("--temperature", "0", "Write a very long story about a dog.")
+
 
 def tiny(path: Path) -> Path:
     facts = {"general.architecture": "llama", "llama.context_length": 512}
@@ -247,7 +250,7 @@ def test_a_conversation_at_a_terminal(daemon):
 def test_an_answer_is_printed_as_it_comes_and_ctrl_c_ends_it(daemon):
     daemon.download()
     running = subprocess.Popen(
-        [sys.executable, "-m", "daemon", "run", SAMPLE, "Write a very long story about a dog."],
+        [sys.executable, "-m", "daemon", "run", SAMPLE, *STORY],
         env=daemon.environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -301,7 +304,7 @@ def test_pins_and_requests_from_the_command_line(daemon):
     daemon.download()
     assert daemon.command("pin", SAMPLE).returncode == 0
     assert daemon.model()["pinned"] is True
-    question = [sys.executable, "-m", "daemon", "run", SAMPLE, "Write a long story about a dog."]
+    question = [sys.executable, "-m", "daemon", "run", SAMPLE, *STORY]
     with subprocess.Popen(
         question, env=daemon.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:

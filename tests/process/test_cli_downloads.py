@@ -72,10 +72,10 @@ def on_a_terminal(daemon: RunningDaemon, columns: int, *arguments: str) -> tuple
 
 
 def test_through_a_pipe_there_are_plain_lines(far, hub):
-    hub.faults = Faults(status=503, retry_after="1", times=1)
+    hub.faults = Faults(status=503, retry_after="3", times=1)
     done = far.command("pull", f"hf:{REPO}", "--name", "tiny")
     assert done.returncode == 0 and done.stdout == "tiny is downloaded\n"
-    assert "HTTP 503" in done.stderr and "trying again in 1 s" in done.stderr
+    assert "HTTP 503" in done.stderr and "trying again in 3 s" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("tiny: 100% completed")
     assert "\x1b" not in done.stderr and "\r" not in done.stderr
 

@@ -89,7 +89,7 @@ def test_fetches_verifies_and_publishes_a_file_of_the_hub(
 ) -> None:
     content = gguf_bytes(tmp_path, 3000)
     commit = local_hub.add(REPO, {NAME: content})
-    local_hub.faults.rate_bytes_s = 3_000_000
+    local_hub.faults.rate_bytes_s = 1_000_000
 
     outcome = fetch(places, SOURCE, endpoint=local_hub.url)
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -94,16 +93,15 @@ async def test_free_memory_is_asked_anew_each_time(pynvml, two_cards, tmp_path):
 async def test_a_library_that_misbehaves_costs_the_memory_s_numbers_only(
     pynvml, two_cards, monkeypatch, library, reason
 ):
-    monkeypatch.setattr(machine, "_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(machine, "_TIMEOUT_S", 3.0 if library is HANGS else 20.0)
     pynvml(library)
     one = Machine(two_cards)
     found = await one.look()
     assert [gpu.name for gpu in found.gpus] == [gpu.name for gpu in one.known.gpus]
     assert [gpu.free_bytes for gpu in found.gpus] == [None, None]
     assert reason in " ".join(found.problems)
-    began = time.monotonic()
+    monkeypatch.setattr(machine.Child, "start", None)  # or it would ask the library again
     assert await one.look() == found
-    assert time.monotonic() - began < 0.2, "it waited for the library again"
 
 
 async def test_without_nvidia_nothing_is_started(pynvml, tmp_path, monkeypatch):
@@ -170,10 +168,10 @@ asyncio.run(main())
 def test_the_daemon_starts_and_lives_beside_a_library_that_misbehaves(
     pynvml, two_cards, tmp_path, library
 ):
-    """The best of some starts counts: the machine may be busy with something else."""
+    """It is up before the library is given up. The best start counts: the machine may be busy."""
     path = pynvml(library)
     seconds = []
-    while not seconds or (min(seconds) >= 2 and len(seconds) < 4):
+    while not seconds or (min(seconds) >= machine._TIMEOUT_S and len(seconds) < 4):
         home = tmp_path / str(len(seconds))
         served = subprocess.run(
             [sys.executable, "-c", SERVING, str(home / "modeld"), str(two_cards)],
@@ -192,4 +190,4 @@ def test_the_daemon_starts_and_lives_beside_a_library_that_misbehaves(
             "NVIDIA GeForce RTX 2080 SUPER",
         ]
         assert "NVML can't be asked" in " ".join(seen["hardware"]["problems"])
-    assert min(seconds) < 2
+    assert min(seconds) < machine._TIMEOUT_S

@@ -325,7 +325,7 @@ async def test_an_engine_that_failed_at_a_load_is_asked_again(probers, versioned
 async def test_an_engine_that_hangs_is_not_waited_for_at_the_next_start(
     probers, versioned, monkeypatch
 ):
-    monkeypatch.setattr(prober, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(prober, "_TIMEOUT_S", 4.0)
     paths = versioned("1.0", first="import time; time.sleep(3600)")
     asked = probers(paths)
     assert "hangs" in (await ask(asked, "versioned"))["versioned"].reason
@@ -340,7 +340,7 @@ async def test_an_engine_that_hangs_is_not_waited_for_at_the_next_start(
 
 
 async def test_that_an_engine_hangs_is_forgotten_after_an_hour(probers, versioned, monkeypatch):
-    monkeypatch.setattr(prober, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(prober, "_TIMEOUT_S", 4.0)
     paths = versioned("1.0", first="import time; time.sleep(3600)")
     await ask(probers(paths), "versioned")
     later = time.time() + 3601

@@ -84,7 +84,9 @@ async def worker(idle: Worker, upstream: FaultyUpstream) -> Worker:
     return idle
 
 
-async def load(worker: Worker, url: str, *, key: str = KEY, model: str = MODEL, read_s: float = 1):
+async def load(
+    worker: Worker, url: str, *, key: str = KEY, model: str = MODEL, read_s: float = PATIENCE_S
+):
     far = Upstream(url=url, model=model, api_key=key, connect_timeout_s=2.0, read_timeout_s=read_s)
     spec = LoadSpec(
         artifact=ARTIFACT, context_length=0, slots=4, threads=1, scratch_dir="/", upstream=far
@@ -374,7 +376,9 @@ async def test_an_error_in_the_middle_of_a_stream_is_passed_on(worker, upstream)
     assert isinstance(error, errors.EngineError) and "the GPU is on fire" in error.message
 
 
-async def test_silence_ends_with_the_read_timeout(worker, upstream):
+async def test_silence_ends_with_the_read_timeout(idle, upstream):
+    await load(idle, upstream.url, read_s=1)
+    worker = idle
     for step in (silent, stream(piece("Hel"), then="stall")):
         upstream.plan, upstream.left = [step], asyncio.Event()
         assert "sent nothing for 1 s" in (await failure(worker)).message

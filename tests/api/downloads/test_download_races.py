@@ -41,13 +41,21 @@ def gate(services, monkeypatch) -> Iterator[Gate]:
     made.open.set()
 
 
+async def until_heard(services) -> None:
+    """Wait until a cancel or a pause has reached the job."""
+    job = services.downloads.get(services.catalog.get("a").id)
+    async with asyncio.timeout(20):
+        while job.why is None:
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("what", ["cancel", "pause"])
-async def test_what_comes_too_late_for_a_download_leaves_it_whole(client, gate, what):
+async def test_what_comes_too_late_for_a_download_leaves_it_whole(client, services, gate, what):
     await add(client, *NAMES)
     await post(client, "models/a/download")
     await gate.until_reached()
     late = asyncio.create_task(post(client, f"models/a/download/{what}"))
-    await asyncio.sleep(0.1)
+    await until_heard(services)
     gate.open.set()
     await late
     assert (await jobs(client))["a"]["state"] == "completed"
@@ -58,14 +66,14 @@ async def test_what_comes_too_late_for_a_download_leaves_it_whole(client, gate, 
 
 @pytest.mark.parametrize(("what", "state"), [("cancel", "canceled"), ("pause", "queued")])
 async def test_what_comes_while_a_failure_is_being_cleaned_up_counts(
-    client, hub, gate, what, state
+    client, hub, services, gate, what, state
 ):
     hub.faults = Faults(status=404)
     await add(client, "a", "b")
     await post(client, "models/a/download")
     await gate.until_reached()
     late = asyncio.create_task(post(client, f"models/a/download/{what}"))
-    await asyncio.sleep(0.1)
+    await until_heard(services)
     gate.open.set()
     await late
     assert (await jobs(client))["a"]["state"] == state
