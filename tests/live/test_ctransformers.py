@@ -362,7 +362,7 @@ async def test_a_cancel_ends_the_reading_of_a_prompt(load):
     async with asyncio.timeout(PATIENCE_S):
         await worker.cancel(number)
     (last,) = [part async for part in worker.answers(entry)]
-    assert last.finish_reason == "cancelled"
+    assert last.finish_reason == "cancelled" and last.usage.prompt_tokens == 0
     assert (await answer(worker, complete()))[0] == expected
 
 
