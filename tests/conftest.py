@@ -65,7 +65,7 @@ def no_children_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if "daemon" in request.fixturenames or "sample_daemon" in request.fixturenames:
         return  # its own fixture stops it later and checks that
     new = [each for each in psutil.Process().children(recursive=True) if each not in before]
-    left = [child for child in psutil.wait_procs(new, timeout=5)[1] if not gone(child)]
+    left = [child for child in new if not gone(child)]
     assert not left, left
 
 

@@ -94,7 +94,7 @@ def in_use(daemon: RunningDaemon) -> int:
     return private + sum(files.values())
 
 
-@pytest.mark.timeout(2 * SECONDS + 240)
+@pytest.mark.timeout(SECONDS + 240)
 def test_twelve_models_take_turns_in_600_mb(tmp_path):
     with daemon_of(tmp_path, 600 * 10**6) as (daemon, group):
         daemon.download()
@@ -108,17 +108,11 @@ def test_twelve_models_take_turns_in_600_mb(tmp_path):
         wrong: list[object] = []
         peaks: list[int] = []
 
-        def over() -> bool:
-            """Whether it went on long enough; on a slow machine, until all have had a turn."""
-            late = time.monotonic() - until
-            enough = len(answered) > SECONDS / 3 and min_count(answered, names) > 0
-            return late > 0 and (enough or late > SECONDS)
-
         def client(number: int) -> None:
             turns = itertools.islice(itertools.cycle(names), number, None)
             questions = itertools.islice(itertools.cycle(QUESTIONS), number, None)
             for model, question in zip(turns, questions, strict=False):
-                if over():
+                if time.monotonic() > until:
                     return
                 status, headers, text = ask(daemon, model, question)
                 if status == 200 and right[question] in text:
@@ -130,7 +124,7 @@ def test_twelve_models_take_turns_in_600_mb(tmp_path):
                     wrong.append((model, question, status, text))
 
         def watch() -> None:
-            while not over():
+            while time.monotonic() < until:
                 peaks.append(in_use(daemon))
                 time.sleep(0.2)
 

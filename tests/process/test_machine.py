@@ -168,10 +168,10 @@ asyncio.run(main())
 def test_the_daemon_starts_and_lives_beside_a_library_that_misbehaves(
     pynvml, two_cards, tmp_path, library
 ):
-    """It is up before the library is given up. The best start counts: the machine may be busy."""
+    """The best of some starts counts: the machine may be busy with something else."""
     path = pynvml(library)
     seconds = []
-    while not seconds or (min(seconds) >= machine._TIMEOUT_S and len(seconds) < 4):
+    while not seconds or (min(seconds) >= 2 and len(seconds) < 4):
         home = tmp_path / str(len(seconds))
         served = subprocess.run(
             [sys.executable, "-c", SERVING, str(home / "modeld"), str(two_cards)],
@@ -190,4 +190,4 @@ def test_the_daemon_starts_and_lives_beside_a_library_that_misbehaves(
             "NVIDIA GeForce RTX 2080 SUPER",
         ]
         assert "NVML can't be asked" in " ".join(seen["hardware"]["problems"])
-    assert min(seconds) < machine._TIMEOUT_S
+    assert min(seconds) < 2
