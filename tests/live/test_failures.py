@@ -310,13 +310,16 @@ def test_health_answers_within_100_ms_while_a_generation_uses_every_core(loaded)
     for reader in readers:
         reader.start()
     wait_for(lambda: loaded.model()["in_flight"] == 4, 30, "the streams did not start")
-    slowest = []
+    slowest: list[float] = []
+    slow: list[float] = []  # a halt comes once; what the daemon itself does comes again
     while not slowest or (min(slowest) >= 0.1 and len(slowest) < 3):  # another program may halt it
-        slowest.append(max(heads(loaded, 1000)))
+        seconds = heads(loaded, 1000)
+        slow += [each for each in seconds if each >= 0.1]
+        slowest.append(max(seconds))
         assert loaded.model()["in_flight"] > 0, "the generation ended before the measurement"
     for stream in streams:
         stream.leave()
-    assert min(slowest) < 0.1, f"slowest {slowest} s"
+    assert min(slowest) < 0.1 and len(slow) <= 3, f"slowest {slowest} s"
     wait_for(lambda: loaded.model()["in_flight"] == 0, 20, "requests are left")
 
 
@@ -339,14 +342,16 @@ def test_health_answers_within_100_ms_while_a_model_loads(sample_daemon):
 
     loader = threading.Thread(target=load_again_and_again)
     loader.start()
-    slowest = []
+    slowest: list[float] = []
+    slow: list[float] = []  # a halt comes once; what the daemon itself does comes again
     while not slowest or (min(slowest) >= 0.1 and len(slowest) < 3):  # another program may halt it
         seconds = []
         for _ in range(100):
             seconds += heads(sample_daemon, 10)
             states.add(sample_daemon.model()["state"])
+        slow += [each for each in seconds if each >= 0.1]
         slowest.append(max(seconds))
     stop.set()
     loader.join(timeout=60)
     assert "loading" in states
-    assert min(slowest) < 0.1, f"slowest {slowest} s"
+    assert min(slowest) < 0.1 and len(slow) <= 3, f"slowest {slowest} s"
